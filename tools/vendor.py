@@ -18,6 +18,8 @@ def main() -> None:
         shutil.rmtree(VENDOR, ignore_errors=True)
         (VENDOR / "mathjax").mkdir(parents=True)
         (VENDOR / "html-manager").mkdir()
+        (VENDOR / "mathjax/input/tex/extensions").mkdir(parents=True)
+        shutil.copy(mathjax / "es5/input/tex/extensions/html.js", VENDOR / "mathjax/input/tex/extensions")  # \\class
         for name in ("es5/tex-mml-chtml.js", "LICENSE"):
             shutil.copy(mathjax / name, VENDOR / "mathjax")
         shutil.copytree(mathjax / "es5/output/chtml/fonts/woff-v2", VENDOR / "mathjax/output/chtml/fonts/woff-v2")

@@ -1,0 +1,168 @@
+"""The tools of the appendices: figures, data, workbench."""
+
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from torch import nn
+
+from unet_course import data, figures, workbench
+
+pytestmark = pytest.mark.filterwarnings("ignore:Matplotlib is currently using")
+
+
+@pytest.fixture(autouse=True)
+def style():
+    """Figures in the book's style, closed afterwards."""
+    plt.switch_backend("agg")
+    figures.use_style()
+    yield
+    plt.close("all")
+
+
+def small_figure():
+    """A figure with a line in it."""
+    fig, ax = plt.subplots()
+    ax.plot([0, 1], [0, 1])
+    return fig
+
+
+def test_svg_follows_the_theme():
+    text = figures.svg(small_figure(), "a line")
+    assert "var(--figure-ink, currentColor)" in text and "var(--figure-data" in text
+    assert figures.COLORS["ink"] not in text
+    assert 'role="img"' in text and 'aria-label="a line"' in text
+    assert not plt.get_fignums()
+
+
+def test_ids_of_two_figures_differ():
+    first, second = (set(re.findall(r'id="([^"]+)"', figures.svg(small_figure(), alt))) for alt in ("one", "two"))
+    assert first and not first & second
+
+
+def test_every_reference_in_a_figure_has_a_target():
+    text = figures.svg(small_figure(), "a line")
+    ids = set(re.findall(r'\bid="([^"]+)"', text))
+    assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)) and all(
+        (a or b) in ids for a, b in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)
+    )
+
+
+def test_svg_needs_a_description():
+    with pytest.raises(ValueError, match="alt is empty"):
+        figures.svg(small_figure(), " ")
+
+
+def test_scrubber_shows_one_frame_and_names_the_others():
+    html = figures.scrubber({"a": small_figure(), "b": small_figure(), "c": small_figure()}, "letter", "A line", start=1).data
+    frames = re.findall(r'<div class="frame"( hidden)?>', html)
+    assert frames == [" hidden", "", " hidden"]
+    assert 'aria-label="A line; letter: b"' in html and 'aria-valuetext="b"' in html
+
+
+def test_scrubber_with_two_sliders():
+    grid = {(a, b): small_figure() for a in "xy" for b in "123"}
+    html = figures.scrubber(grid, ("letter", "number"), "A line", start=(1, 2)).data
+    assert html.count('type="range"') == 2 and html.count('class="frame"') == 6
+    assert "letter: y, number: 3" in html
+
+
+@pytest.mark.parametrize(
+    ("frames", "label", "options", "message"),
+    [
+        ({}, "n", {}, "need one entry"),
+        ({("a", "1"): 0, ("b", "2"): 0}, ("l", "n"), {"start": (0, 0)}, "every combination"),
+        ({"a": 0}, "n", {"start": 3}, "start=3"),
+        ({"a": 0}, ("l", "n"), {}, "need one entry"),
+        ({("a", "1"): 0}, ("l", "n"), {"start": (0, 0), "play": True}, "one slider"),
+    ],
+)
+def test_scrubber_refuses(frames, label, options, message):
+    with pytest.raises(ValueError, match=message):
+        figures.scrubber(frames, label, "alt", **options)
+
+
+@pytest.mark.parametrize(("shape", "titles", "message"), [((3, 28, 28), None, "batch"), ((2, 4, 8, 8), None, "1 or 3"), ((2, 1, 8, 8), ["a"], "titles has 1")])
+def test_image_grid_refuses(shape, titles, message):
+    with pytest.raises(ValueError, match=message):
+        figures.image_grid(torch.zeros(shape), titles=titles)
+
+
+def test_image_grid_takes_colour_and_non_square():
+    assert len(figures.image_grid(torch.zeros(5, 3, 8, 16), columns=3).axes) == 6
+
+
+def test_trace_lists_what_ran():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(nn.SiLU(), nn.Conv2d(4, 2, 1)))
+    assert [(s.name, s.kind) for s in figures.trace(model, torch.zeros(1, 1, 8, 8))] == [("0", "Conv2d"), ("1", "Sequential")]
+    assert [s.name for s in figures.trace(model, torch.zeros(1, 1, 8, 8), depth=2)] == ["0", "1.0", "1.1"]
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_digits():
+    images, labels = data.digits()
+    held_out, _ = data.digits("test")
+    assert images.shape == (9000, 1, 28, 28) and held_out.shape == (1000, 1, 28, 28) and labels.shape == (9000,)
+    assert (images.min(), images.max()) == (-1, 1)
+    everything = torch.cat([images, held_out]).flatten(1)
+    assert len(torch.unique(everything, dim=0)) == 10_000  # no duplicate, so none of the test digits was trained on
+    with pytest.raises(ValueError, match="split='validation'.*'train'"):
+        data.digits("validation")
+
+
+def test_damaged_file_is_refused(monkeypatch):
+    monkeypatch.setitem(data.CHECKSUMS, "digits.npz", "0" * 64)
+    with pytest.raises(ValueError, match="digits.npz is damaged"):
+        data.read_asset("digits.npz")
+    with pytest.raises(ValueError, match="not a shipped file"):
+        data.read_asset("secrets.npz")
+
+
+class Scaled(nn.Linear):
+    """A linear layer that is off by a factor close to one in its backward pass or in its forward pass."""
+
+    def __init__(self, *sizes, forward=1.0, backward=1.0):
+        super().__init__(*sizes)
+        self.factors = forward, backward
+
+    def forward(self, x):
+        y = super().forward(x)
+        forward, backward = self.factors
+        return forward * (y.detach() + backward * (y - y.detach()))
+
+
+def test_compare_sees_outputs_and_gradients():
+    x = torch.randn(4, 16)
+    assert workbench.compare(Scaled(16, 8), nn.Linear(16, 8), (x,))
+    wrong_output = workbench.compare(Scaled(16, 8, forward=1.001), nn.Linear(16, 8), (x,))
+    wrong_gradient = workbench.compare(Scaled(16, 8, backward=1.001), nn.Linear(16, 8), (x,))
+    assert not wrong_output and wrong_output.forward > 1e-4
+    assert not wrong_gradient and wrong_gradient.forward < 1e-6 < 5e-4 < wrong_gradient.gradient
+    with pytest.raises(ValueError, match="without a partner.*bias"):
+        workbench.compare(nn.Linear(16, 8, bias=False), nn.Linear(16, 8), (x,))
+
+
+def test_randomize_leaves_no_zeros():
+    layer = nn.Linear(4, 4)
+    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    workbench.randomize(layer)
+    assert all(p.abs().min() > 0 for p in layer.parameters())
+
+
+def test_checker_reports_the_readers_own_error():
+    @workbench.checker("right")
+    def check(function):
+        if function(1) != 1:
+            raise workbench.Wrong("a < b")
+
+    assert check(lambda x: x).passed and "right" in repr(check(lambda x: x))
+    assert "a &lt; b" in check(lambda x: 0)._repr_html_()
+    assert "KeyError" in check(lambda x: {}["k"]).message
+    assert not check(None) and not check(...)
+
+
+def test_relative_error_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"\(2,\) against \(3,\)"):
+        workbench.relative_error(torch.zeros(2), torch.zeros(3))
+    assert workbench.relative_error(torch.ones(2), torch.zeros(2)) == 1.0
