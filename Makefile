@@ -2,13 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: book serve test slow check-site colab bench export check clean
+.PHONY: book serve test slow check-site colab export check clean
 
 book: .venv/ready export  ## Execute every chapter and build the site
 	$(BIN)/jupyter-book build -W --keep-going .
 	@echo "The book is ready: open $(CURDIR)/_build/html/index.html, or run 'make serve'."
 
-serve:  ## Serve the built site on http://localhost:8000
+serve:  ## Serve the built site on http://localhost:8000 and open it
+	@(sleep 1; $(PYTHON) -m webbrowser -t http://localhost:8000 >/dev/null 2>&1) &
 	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory _build/html
 
 test: .venv/ready  ## The quick suite: no notebooks are run, no site is built
