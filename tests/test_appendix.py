@@ -73,7 +73,7 @@ def test_scrubber_with_two_sliders():
     [
         ({}, "n", {}, "need one entry"),
         ({("a", "1"): 0, ("b", "2"): 0}, ("l", "n"), {"start": (0, 0)}, "every combination"),
-        ({"a": 0}, "n", {"start": 3}, "start=3"),
+        ({"a": 0}, "n", {"start": 3}, r"start=\(3,\)"),
         ({"a": 0}, ("l", "n"), {}, "need one entry"),
         ({("a", "1"): 0}, ("l", "n"), {"start": (0, 0), "play": True}, "one slider"),
     ],

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
+from itertools import product
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -39,6 +40,7 @@ COLORS = {  # what it stands for: its shade on a light page
 STYLE = {
     "figure.figsize": (6.0, 3.0),
     "figure.constrained_layout.use": True,
+    "figure.max_open_warning": 0,  # a scrubber holds many
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -76,6 +78,7 @@ def svg(
     width = fig.get_figwidth() * mpl.rcParams["figure.dpi"]
     prefix = "f" + sha256((alt + text).encode()).hexdigest()[:8]  # ids must differ between the figures of a page
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    text = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", text)  # matplotlib gives equal images the same id
     for name, shade in COLORS.items():
         text = text.replace(shade, f"var(--figure-{name}, {'currentColor' if name == 'ink' else shade})")
     size = f'role="img" aria-label="{escape(alt)}" style="width: {width:.0f}px; max-width: 100%; height: auto"'
@@ -133,12 +136,40 @@ root.timer = setInterval(() => {
   slider.value = +slider.value + 1; step(); }, INTERVAL);
 """
 
-
+# %% ../nbs/91_figures.ipynb #aa646886
 def _one_line(script: str) -> str:
     "A script as the value of an HTML attribute."
     return escape(" ".join(script.split()))
 
 
+def _grid(
+    keys: Sequence[tuple[str, ...]],  # The labels of each frame
+    labels: tuple[str, ...],  # The name of each slider
+    starts: tuple[int, ...],  # Where each slider starts
+) -> list[list[str]]:  # What each slider can say
+    "Check that the frames fill a grid, in order."
+    if not keys or any(len(k) != len(labels) for k in keys) or len(starts) != len(labels):
+        raise ValueError(f"every frame and start need one entry for each of the sliders {labels}")
+    names = [list(dict.fromkeys(k[i] for k in keys)) for i in range(len(labels))]
+    if list(keys) != list(product(*names)):
+        raise ValueError(f"frames must hold every combination of {names} once, in order; got {len(keys)} frames")
+    if any(not 0 <= s < len(n) for s, n in zip(starts, names)):
+        raise ValueError(f"start={starts} is outside the sliders, which have {[len(n) for n in names]} positions")
+    return names
+
+
+def _slider(
+    label: str,
+    options: list[str],  # What it can say
+    at: int,  # Where it starts
+) -> str:
+    "A range input that says its position in words."
+    return (
+        f'<label>{escape(label)} <input type="range" min="0" max="{len(options) - 1}" value="{at}" data-names="{escape(json.dumps(options))}" '
+        f'aria-valuetext="{escape(options[at])}" oninput="{_one_line(_SCRUB)}"><output>{escape(options[at])}</output></label>'
+    )
+
+# %% ../nbs/91_figures.ipynb #1fb05f88
 def scrubber(
     frames: Mapping[str | tuple[str, ...], Figure],  # What the sliders say at each frame, and the frame; a full grid
     label: str | tuple[str, ...],  # What the slider sets, or each of the sliders
@@ -151,24 +182,11 @@ def scrubber(
     labels = (label,) if isinstance(label, str) else tuple(label)
     keys = [(k,) if isinstance(k, str) else tuple(k) for k in frames]
     starts = (start,) if isinstance(start, int) else tuple(start)
-    if not keys or any(len(k) != len(labels) for k in keys) or len(starts) != len(labels):
-        raise ValueError(f"every frame and start need one entry for each of the sliders {labels}")
-    names = [list(dict.fromkeys(k[i] for k in keys)) for i in range(len(labels))]
-    grid = [()]
-    for options in names:
-        grid = [k + (o,) for k in grid for o in options]
-    if keys != grid:
-        raise ValueError(f"frames must hold every combination once, in order: expected {len(grid)}, got {len(keys)}")
-    if any(not 0 <= s < len(n) for s, n in zip(starts, names)):
-        raise ValueError(f"start={start} is outside the sliders, which have {[len(n) for n in names]} positions")
+    names = _grid(keys, labels, starts)
     if play and len(labels) > 1:
         raise ValueError("play=True works with one slider only")
     first = tuple(n[s] for n, s in zip(names, starts))
-    sliders = "".join(
-        f'<label>{escape(name)} <input type="range" min="0" max="{len(options) - 1}" value="{at}" data-names="{escape(json.dumps(options))}" '
-        f'aria-valuetext="{escape(options[at])}" oninput="{_one_line(_SCRUB)}"><output>{escape(options[at])}</output></label>'
-        for name, options, at in zip(labels, names, starts)
-    )
+    sliders = "".join(map(_slider, labels, names, starts))
     button = f'<button type="button" onclick="{_one_line(_PLAY.replace("INTERVAL", str(interval)))}">Play</button>' if play else ""
     pictures = "".join(
         f'<div class="frame"{"" if key == first else " hidden"}>'
@@ -200,9 +218,9 @@ class Step:
     shape: tuple[int, ...]  # Of its output
     parameters: int  # How many numbers it learns
 
-
+# %% ../nbs/91_figures.ipynb #85182423
 def trace(
-    model: nn.Module,
+    model: nn.Module,  # Any model
     *inputs,  # What the model is called with
     depth: int = 1,  # How far down to look: 1 means the model's direct children
 ) -> list[Step]:  # In the order of the calls

@@ -23,13 +23,15 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def count_parameters(module: nn.Module) -> int:
+def count_parameters(
+    module: nn.Module,  # Any module
+) -> int:
     "How many numbers a module learns."
     return sum(p.numel() for p in module.parameters())
 
 # %% ../nbs/93_workbench.ipynb #630a7108
 def relative_error(
-    a: Tensor,
+    a: Tensor,  # What is judged
     b: Tensor,  # The reference
 ) -> float:
     r"The distance $\lVert a-b\rVert / \lVert b\rVert$, computed in float64."
@@ -41,8 +43,8 @@ def relative_error(
 
 
 def randomize(
-    module: nn.Module,
-    seed: int = 0,
+    module: nn.Module,  # Any module; changed in place
+    seed: int = 0,  # The same seed gives the same values
 ) -> nn.Module:  # The same module
     "Give every parameter a random value of sensible size, zero-initialised ones included."
     generator = torch.Generator().manual_seed(seed)
@@ -65,14 +67,14 @@ class Agreement:
         "Whether they agree as well as float32 allows."
         return self.forward <= 1e-5 and self.gradient <= 1e-4
 
-
+# %% ../nbs/93_workbench.ipynb #1b109f23
 def compare(
-    ours: nn.Module,
-    reference: nn.Module,
+    ours: nn.Module,  # What is judged
+    reference: nn.Module,  # What it should equal
     inputs: tuple[Tensor, ...],  # What ours is called with
     names: Mapping[str, str] | None = None,  # Our parameter name → the reference's; the same names if left out
     call: Callable[..., Tensor] | None = None,  # How the reference is called on the inputs, if not like ours
-    seed: int = 0,
+    seed: int = 0,  # Of the weights
 ) -> Agreement:
     "Give both modules the same random weights and compare outputs and gradients."
     randomize(ours, seed)
@@ -119,7 +121,7 @@ class Feedback:
         text = escape(self.message).replace("\n", "<br>")
         return f'<div class="feedback {kind}"><strong>{head}</strong> {text}</div>'
 
-
+# %% ../nbs/93_workbench.ipynb #fe9ad263
 def checker(
     success: str,  # What a right answer is told
 ) -> Callable[[Callable[..., None]], Callable[..., Feedback]]:
@@ -145,7 +147,7 @@ def checker(
 
     return decorate
 
-
+# %% ../nbs/93_workbench.ipynb #1d663670
 def expect_tensor(
     value: object,  # What the reader's function returned
     shape: tuple[int, ...],  # What it should have
