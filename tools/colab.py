@@ -84,13 +84,12 @@ def prose(path: Path) -> str:
 @cache
 def labels() -> dict[str, tuple[str, str, int]]:
     """What can be referred to: label → chapter, kind (equation or exercise), number."""
-    found = {}
+    found, count = {}, {"equation": 0, "exercise": 0}  # through the whole book, as on its pages
     for path in chapters():
         text = prose(path)
         numbered = [(m.start(), "equation", m[2]) for m in EQUATION.finditer(text) if m[2]]
         numbered += [(m.start(), "equation", m[1]) for m in re.finditer(r"\{math\}[^\n]*\n:label: *(\S+)", text)]
         numbered += [(m.start(), "exercise", m[1]) for m in re.finditer(r"\{exercise(?:-start)?\}[^\n]*\n(?::[\w-]+:[^\n]*\n)*?:label: *(\S+)", text)]
-        count = {"equation": 0, "exercise": 0}
         for _, kind, label in sorted(numbered):
             count[kind] += 1
             found[label] = path.stem, kind, count[kind]

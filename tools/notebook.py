@@ -48,7 +48,7 @@ def run(name: str) -> None:
 
     notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}})
+        client = NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": folder}})
         start = time.time()
         try:
             client.execute(env={**os.environ, "PYTHONPATH": ""})

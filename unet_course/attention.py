@@ -37,8 +37,8 @@ def attention_weights(
 
 # %% ../nbs/04_attention.ipynb #456900e5
 def causal_mask(
-    tokens: int,
-    device: torch.device | str | None = None,
+    tokens: int,  # Number of queries, and of keys
+    device: torch.device | str | None = None,  # Where the mask is made
 ) -> Bool[Tensor, "tokens tokens"]:
     "True where the key does not come after the query."
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
@@ -49,7 +49,7 @@ QKV_ORDERS = {"legacy": "head three dim", "new": "three head dim", "edm": "head 
 
 def split_qkv(
     qkv: Float[Tensor, "batch channels tokens"],  # What a convolution to three times the channels gives
-    num_heads: int,
+    num_heads: int,  # Must divide the channels of each of the three
     order: str = "legacy",  # How the channels are laid out: "legacy", "new" or "edm"
 ) -> tuple[Float[Tensor, "batch heads tokens dim"], Float[Tensor, "batch heads tokens dim"], Float[Tensor, "batch heads tokens dim"]]:
     "Queries, keys and values of each head, in any of the three layouts of published weights."
@@ -85,7 +85,7 @@ def flash_attn_func() -> Callable[..., Tensor] | None:
 def flash_problem(
     q: Float[Tensor, "batch heads queries dim"],
     v: Float[Tensor, "batch heads keys width"],
-    mask: Tensor | None = None,
+    mask: Tensor | None = None,  # As in `attention`
 ) -> str:  # Empty where nothing speaks against it
     "Why flash-attn cannot compute this attention."
     if q.device.type != "cuda":
@@ -105,8 +105,8 @@ def flash_attention(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch heads keys dim"],
     v: Float[Tensor, "batch heads keys dim"],
-    causal: bool = False,
-    scale: float | None = None,
+    causal: bool = False,  # Whether a query may look only at keys up to its own position
+    scale: float | None = None,  # Factor of the scores; $1/\sqrt{d}$ if left out
 ) -> Float[Tensor, "batch heads queries dim"]:
     "Attention by the flash-attn package, whose layout is (batch, tokens, heads, dim)."
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -132,14 +132,18 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, backend: str, causal: bool
         raise ValueError(f"q and k must share batch, heads and dim, and k and v batch, heads and tokens; got {shapes}")
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"causal=True needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask must be boolean, True where a query may look, got {mask.dtype}")
+    if mask is not None:
+        sizes = (*q.shape[:3], k.shape[2])
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be boolean, True where a query may look, got {mask.dtype}")
+        if mask.ndim != 4 or any(m not in (1, n) for m, n in zip(mask.shape, sizes)):
+            raise ValueError(f"mask must be (batch, heads, queries, keys) = {sizes}, or 1 where it is the same for all; got {tuple(mask.shape)}")
     if backend == "linear" and (causal or mask is not None or scale is not None):
         raise ValueError("backend='linear' never forms the scores, so it takes no causal=True, no mask and no scale")
     if backend == "flash" and (problem := flash_problem(q, v, mask)):
         raise ValueError(f"backend='flash' cannot be used here: {problem}. backend='auto' takes it wherever it can be")
 
-
+# %% ../nbs/04_attention.ipynb #3ca7466c
 def attention(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch heads keys dim"],
@@ -194,7 +198,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(
         self,
-        channels: int,
+        channels: int,  # Of the feature map
         num_heads: int = 1,  # Used unless num_head_channels is given
         num_head_channels: int = -1,  # Channels of a head; the number of heads follows
         use_checkpoint: bool = False,  # Save memory in training: compute the block again in the backward pass
@@ -234,7 +238,7 @@ class AttnBlock(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
+        in_channels: int,  # Of the feature map
         dims: int = 2,  # Number of spatial axes
         *,
         normalize: Callable[[int], nn.Module] = Normalize,  # Channels → normalisation layer
@@ -265,7 +269,7 @@ class LinearAttention(nn.Module):
     def __init__(
         self,
         dim: int,  # Channels
-        heads: int = 4,
+        heads: int = 4,  # Number of heads
         dim_head: int = 32,  # Channels of a head
         dims: int = 2,  # Number of spatial axes
     ):
@@ -288,8 +292,8 @@ class LinearAttentionBlock(LinearAttention):
 
     def __init__(
         self,
-        in_channels: int,
-        heads: int = 1,
+        in_channels: int,  # Of the feature map
+        heads: int = 1,  # Number of heads
         dim_head: int | None = None,  # Channels of a head; in_channels divided among the heads if left out
         dims: int = 2,  # Number of spatial axes
         *,
@@ -313,7 +317,7 @@ class CrossAttention(nn.Module):
         self,
         query_dim: int,  # Channels of the sequence that asks
         context_dim: int | None = None,  # Channels of the sequence that is looked at; query_dim if left out
-        heads: int = 8,
+        heads: int = 8,  # Number of heads
         dim_head: int = 64,  # Channels of a head
         dropout: float = 0.0,  # Of the output, while training
         *,
@@ -367,7 +371,7 @@ def register_attention(
 
 
 def make_attention(
-    in_channels: int,
+    in_channels: int,  # Of the feature map
     attn_type: str = "vanilla",  # "vanilla", "linear", "none", or a name given to `register_attention`
     **kwargs,  # For the block, such as dims
 ) -> nn.Module:

@@ -118,6 +118,8 @@ def conv_folded(
         return (F.conv1d, F.conv2d, F.conv3d)[axes - 1](x, weight, bias, stride, padding, dilation, groups)
     x = F.pad(x, (0, 0) * (axes - 1) + (padding[0], padding[0]))
     length = (x.shape[2] - dilation[0] * (weight.shape[2] - 1) - 1) // stride[0] + 1
+    if length < 1:
+        raise ValueError(f"x is smaller than the kernel: it has {x.shape[2]} positions with their padding, weight has shape {tuple(weight.shape)}")
     out = 0
     for tap in range(weight.shape[2]):
         first = tap * dilation[0]
@@ -418,7 +420,7 @@ def resize_nearest(
     x: Float[Tensor, "batch channels *space"],
     size: Sequence[int],  # What the axes after the channels become
 ) -> Float[Tensor, "batch channels *size"]:
-    "Repeat or drop positions: output position `i` of `n` is a copy of input position `i · m / n` of `m`, rounded down."
+    "Repeat or drop positions: output position `i` of `n` copies input position `i · m / n` of `m`, rounded down (in float32, as PyTorch does)."
     _per_axis("size", tuple(size), x.ndim - 2)
     if len(size) <= 3:
         return F.interpolate(x, size=tuple(size), mode="nearest")

@@ -19,10 +19,11 @@ from .resampling import Downsample, Upsample, conv_nd, zero_module
 # %% ../nbs/03_residual_blocks.ipynb #db7f420e
 def _check_groups(num_groups: int, num_channels: int) -> None:
     "Raise unless the channels can be split into equal groups."
-    if num_groups < 1:
-        raise ValueError(f"num_groups={num_groups} must be at least 1")
-    if num_channels < 1 or num_channels % num_groups:
-        below = max(num_channels, 0) // num_groups * num_groups
+    for name, value in (("num_groups", num_groups), ("num_channels", num_channels)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    if num_channels % num_groups:
+        below = num_channels // num_groups * num_groups
         nearest = " and ".join(str(n) for n in (below, below + num_groups) if n)
         raise ValueError(f"num_channels={num_channels} cannot be split into num_groups={num_groups} equal groups; nearest that can: {nearest}")
 
@@ -112,8 +113,8 @@ class ResBlock(nn.Module):
         out_channels = channels if out_channels is None else out_channels
         if up and down:
             raise ValueError("up=True and down=True exclude each other")
-        if emb_channels is not None and emb_channels < 1:
-            raise ValueError(f"emb_channels={emb_channels} must be at least 1, or None for a block that takes no time")
+        if emb_channels is not None and (not isinstance(emb_channels, int) or emb_channels < 1):
+            raise ValueError(f"emb_channels={emb_channels!r} must be a whole number of at least 1, or None for a block that takes no time")
         if use_scale_shift_norm and emb_channels is None:
             raise ValueError("use_scale_shift_norm=True needs a time embedding: give emb_channels")
         self.channels, self.out_channels, self.emb_channels, self.dims = channels, out_channels, emb_channels, dims
@@ -186,8 +187,8 @@ class ResnetBlock(nn.Module):
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        if temb_channels < 0:
-            raise ValueError(f"temb_channels={temb_channels} must be at least 0")
+        if not isinstance(temb_channels, int) or temb_channels < 0:
+            raise ValueError(f"temb_channels={temb_channels!r} must be a whole number of at least 0")
         self.in_channels, self.out_channels, self.temb_channels, self.dims = in_channels, out_channels, temb_channels, dims
         self.use_conv_shortcut = conv_shortcut
 

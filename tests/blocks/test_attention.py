@@ -162,6 +162,8 @@ def test_large_scores_do_not_overflow():
         ({"q": torch.randn(2, 3, 7, 4)}, "share"),
         ({"q": torch.randn(2, 3, 5, 8), "causal": True}, "as many queries as keys"),
         ({"mask": torch.zeros(2, 3, 7, 7)}, "boolean"),
+        ({"mask": torch.ones(7, 7, dtype=torch.bool)}, "got .7, 7."),
+        ({"mask": torch.ones(2, 1, 7, 6, dtype=torch.bool)}, "mask must be .batch, heads, queries, keys. = .2, 3, 7, 7."),
         ({"backend": "linear", "causal": True}, "linear"),
         ({"backend": "linear", "scale": 1.0}, "linear"),
         ({"backend": "linear", "mask": torch.ones(1, 1, 7, 7, dtype=torch.bool)}, "linear"),
@@ -333,11 +335,10 @@ class DiffusersTwin(nn.Module):
         return functional_call(self.inner[0], split | outer, (tokens,)).mT.reshape(x.shape)
 
 
-SPACES = [(9,), (6, 5), (4, 4), (7, 3), (2, 3, 5)]
-
-
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize(("heads", "new"), [(1, False), (4, False), (4, True), (8, True)])
+@pytest.mark.parametrize(
+    ("space", "heads", "new"),
+    [((9,), 4, False), ((6, 5), 1, False), ((6, 5), 4, False), ((4, 4), 8, True), ((7, 3), 4, True), ((2, 3, 5), 4, False), ((2, 3, 5), 8, True)],
+)
 def test_attention_block_parity(space, heads, new):
     """AttentionBlock against diffusers', both orders, in one to three dimensions."""
     pytest.importorskip("diffusers")

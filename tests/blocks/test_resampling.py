@@ -383,6 +383,7 @@ BAD = [  # what is built, what its message must say
     (lambda: conv_folded(noise(1, 1, 4, 4), noise(1, 1, 2, 2), None, (1,), (0, 0), (1, 1)), "stride=(1,) must have one entry for each of 2 axes"),
     (lambda: conv_folded(noise(1, 1, 4, 4), noise(1, 1, 2), None, (1, 1), (0, 0), (1, 1)), "equally many"),
     (lambda: conv_folded(noise(1, 1, 4, 4), noise(1, 1, 2, 2), None, (1, 1), (0, 0), (1, 1), 1, 5), "native=5"),
+    (lambda: conv_folded(noise(1, 1, 4, 2), noise(1, 1, 5, 2), None, (1, 1), (0, 0), (1, 1), 1, 1), "x is smaller than the kernel"),
     (lambda: conv_transpose_folded(noise(1, 1, 4), noise(1, 1, 2), None, (1,), (0,), 0, (1,)), "output_padding=0"),
     (lambda: resize_nearest(noise(1, 1, 4, 4), (8,)), "size=(8,) has 1 entries for dims=2"),
     (lambda: avg_pool_nd(0, 2), "dims=0"),

@@ -37,6 +37,17 @@ def stale_maximum(q, k, v, block):
     return answer / total
 
 
+def starting_at_zero(q, k, v, block, shared=False, divide=True):
+    """The maximum starts at 0; or is one for all queries, starting at minus infinity; or the division is forgotten."""
+    top, total, answer = torch.full((len(q), 1), 0.0 if divide and not shared else -torch.inf), 0, 0
+    for a, b in zip(k.split(block), v.split(block)):
+        s = q @ a.T / q.shape[1] ** 0.5
+        new = torch.maximum(top, s.max() if shared else s.amax(1, keepdim=True))
+        e, shrink = (s - new).exp(), (top - new).exp()
+        total, answer, top = total * shrink + e.sum(1, keepdim=True), answer * shrink + e @ b, new
+    return answer / total if divide else answer
+
+
 def full_blocks_only(q, k, v, block):
     """Right, but leaves out a last block that is shorter."""
     n = len(k) // block * block
@@ -64,6 +75,14 @@ def only_right_for_this_block(block, x, window, order):
     return x if torch.equal(block(x), x) else cut(x, window, order)
 
 
+def few_windows(block, x, window):
+    """Cuts each side into that many pieces, instead of pieces of that length."""
+    b, c, h, w = x.shape
+    y = x.reshape(b, c, window, h // window, window, w // window).permute(0, 2, 4, 1, 3, 5)
+    y = block(y.flatten(0, 2)).reshape(y.shape)
+    return y.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
 def unfinished(block, x, window):
     """Cuts in the right way, comes back in the wrong order."""
     b, c, h, w = x.shape
@@ -83,6 +102,9 @@ WRONG = [
     (check_streamed, (averaged,), "as if all blocks were alike"),
     (check_streamed, (no_maximum,), "overflows"),
     (check_streamed, (stale_maximum,), "old maximum"),
+    (check_streamed, (starting_at_zero,), "far below 0"),
+    (check_streamed, (lambda *a: starting_at_zero(*a, shared=True),), "each query its own"),
+    (check_streamed, (lambda *a: starting_at_zero(*a, divide=False),), "divide it by the first"),
     (check_streamed, (full_blocks_only,), "last block is shorter"),
     (check_streamed, (lambda q, k, v, block: whole(q, k[-block:], v[-block:], block),), "last block alone"),
     (check_bring_back, (lambda h, space: h.reshape(len(h), -1, *space),), "an axis must move first"),
@@ -98,6 +120,8 @@ WRONG = [
     (check_windowed, (lambda block, x, window: block(x),), "whole picture"),
     (check_windowed, (lambda block, x, window: only_right_for_this_block(block, x, window, "dilated"),), "far apart"),
     (check_windowed, (lambda block, x, window: x if torch.equal(block(x), x) else x.mean(3, keepdim=True).expand_as(x),), "whole rows"),
+    (check_windowed, (few_windows,), "into 2 pieces"),
+    (check_windowed, (lambda block, x, window: x,), "never called"),
     (check_windowed, (unfinished,), "reverse order"),
     (check_windowed, (lambda block, x, window: only_right_for_this_block(block, x, window, "right"),), "raises RuntimeError"),
 ]

@@ -49,12 +49,12 @@ def grainy(mode):
     return lambda channels, p: Grainy(channels, p, mode)
 
 
-def count(affine=True, biases=True, doubled=True, skip=True, always_skip=False):
+def count(affine=True, biases=True, doubled=True, skip=True, always_skip=False, time_in=False):
     """The number of parameters, with something forgotten."""
 
     def answer(channels, out_channels, emb_channels, scale_shift):
         total = 9 * out_channels * (channels + out_channels) + 2 * out_channels * biases + 2 * (channels + out_channels) * affine
-        total += (emb_channels + 1) * out_channels * (2 if scale_shift and doubled else 1)
+        total += (emb_channels + 1) * (channels if time_in else out_channels) * (2 if scale_shift and doubled else 1)
         return total + (channels + 1) * out_channels * (always_skip or (skip and channels != out_channels))
 
     return answer
@@ -66,6 +66,14 @@ def deepen_with(make):
 
 def fresh(block):
     return ResBlock(block.out_channels, block.emb_channels, 0.0)
+
+
+def all_zero(block):
+    """A new block whose every parameter is zero."""
+    new = fresh(block)
+    for p in new.parameters():
+        nn.init.zeros_(p)
+    return new
 
 
 class Pass(nn.Module):
@@ -99,6 +107,7 @@ WRONG = [
     (check_block_parameters, (count(doubled=False),), "doubles it"),
     (check_block_parameters, (count(skip=False),), "1 × 1 convolution"),
     (check_block_parameters, (count(always_skip=True),), "where there is none"),
+    (check_block_parameters, (count(time_in=True),), "per incoming channel"),
     (check_block_parameters, (lambda *_: 1000,), "the block has"),
     (check_deepen, (lambda blocks: blocks,), "should come 4"),
     (check_deepen, (deepen_with(copy.deepcopy),), "do not fit together"),
@@ -106,5 +115,6 @@ WRONG = [
     (check_deepen, (lambda blocks: [b for block in blocks for b in (fresh(block), block)],), "positions 0 and 2"),
     (check_deepen, (deepen_with(lambda block: nn.init.normal_((new := fresh(block)).out_layers[3].weight) is None or new),), "something else"),
     (check_deepen, (deepen_with(lambda block: Pass()),), "no ResBlocks"),
+    (check_deepen, (deepen_with(all_zero),), "only biases"),
     (check_deepen, (deepen_with(lambda block: fresh(block).requires_grad_(False)),), "no gradient"),
 ]

@@ -77,18 +77,22 @@ def check_streamed(streamed):
     if _near(answer, torch.cat(blocks[:1])):
         raise Wrong("That is the answer of the first block alone.")
     if not answer.isfinite().all():
-        raise Wrong("There are infinities or NaNs already for ordinary scores. What is the first maximum, and what is exp(−∞ − (−∞))?")
+        raise Wrong("There are infinities or NaNs already for ordinary scores. Is the correction exp(old − new), and is no −∞ subtracted from −∞?")
+    if _near(answer, (scores - maxima[-1][:, None]).exp() @ v):
+        raise Wrong("That is the second sum alone. At the end, divide it by the first.")
     if not _near(answer, scores.softmax(1) @ v):
-        raise Wrong(f"The answer is off by up to {(answer - scores.softmax(1) @ v).abs().max():.2g}. Try two blocks by hand.")
+        raise Wrong(f"The answer is off by up to {(answer - scores.softmax(1) @ v).abs().max():.2g}. Are both sums corrected? Try two blocks by hand.")
     if seen.numel >= scores.numel():
         raise Wrong(f"The numbers are right, but on the way you hold a tensor of {seen.numel} numbers: all weights at once. Loop over the blocks of the keys.")
     if not _near(streamed(q, k[:30], v[:30], 16), scores[:, :30].softmax(1) @ v[:30]):
         raise Wrong("It works where the blocks are all full, but not for 30 keys in blocks of 16: the last block is shorter.")
     big = streamed(100 * q, k, v, 16)
     if not big.isfinite().all():
-        raise Wrong("It overflows for scores in the hundreds: exp(100) is more than 32 bits can hold. Subtract the largest score so far.")
+        raise Wrong("It overflows for scores in the hundreds, or divides 0 by 0: exp(100) is more than 32 bits can hold, exp(−110) less. Subtract the largest score so far, each query its own.")
     if not _near(big, (100 * scores).softmax(1) @ v):
         raise Wrong("It is wrong for scores in the hundreds.")
+    if not streamed(q.abs() + 1, -k.abs() - 60, v, 16).isfinite().all():
+        raise Wrong("It fails where all scores are far below 0. Does the largest score so far start at −∞, or at 0?")
 
 # %% ../../nbs/04_attention.ipynb #0b0a9f64
 @checker("Right: tokens back to their places, heads back to their channels.")
@@ -150,6 +154,8 @@ def check_windowed(windowed):
         raise Wrong("With a block that changes nothing, the picture should come back as it was. Undo exactly what you did, in the reverse order.")
     y = expect_tensor(windowed(_everyone, x, 2), tuple(x.shape))
     cut = x.reshape(2, 3, 2, 2, 3, 2)
+    if torch.equal(y, x):
+        raise Wrong("The picture comes back unchanged whatever the block does: it is never called.")
     if torch.equal(y, _everyone(x)):
         raise Wrong("Every position still sees the whole picture: the windows must go into the batch.")
     strided = x.reshape(2, 3, 2, 2, 2, 3).mean(dim=(2, 4), keepdim=True).expand(2, 3, 2, 2, 2, 3).reshape(x.shape)
@@ -157,9 +163,12 @@ def check_windowed(windowed):
         raise Wrong("Your windows hold positions that lie far apart. Height is (window number, row in the window): the number first, since it changes slowly.")
     if torch.allclose(y, x.mean(3, keepdim=True).expand_as(x)) or torch.allclose(y, x.mean(2, keepdim=True).expand_as(x)):
         raise Wrong("These are whole rows or columns; a window has two sides.")
+    few = x.reshape(2, 3, 2, 2, 2, 3)
+    if torch.allclose(y, few.mean(dim=(3, 5), keepdim=True).expand_as(few).reshape(x.shape)):
+        raise Wrong("You cut each side into 2 pieces. Windows of 2 have sides of 2 positions, however many windows that makes.")
     right = cut.mean(dim=(3, 5), keepdim=True).expand_as(cut).reshape(x.shape)
     if not torch.allclose(y, right):
-        raise Wrong(f"The top left window should hold its mean, {right[0, 0, 0, 0]:.2f}, everywhere; yours begins with {y[0, 0, 0, :2].tolist()}.")
+        raise Wrong(f"The top left window should hold its mean, {right[0, 0, 0, 0]:.2f}, everywhere; yours begins with {y[0, 0, 0, 0]:.2f} and {y[0, 0, 0, 1]:.2f}.")
     try:
         windowed(_everyone, x, 4)
     except ValueError:

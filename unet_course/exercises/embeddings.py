@@ -43,7 +43,7 @@ def check_turns(
         raise Wrong(f"Hand {wrong} is off: for it you give {turns[wrong]:g}. Its speed is 10000 to the power of −{wrong}/4.")
 
 # %% ../../nbs/01_timestep_embeddings.ipynb #4400cb07
-@checker("21 of 64: the hands with i ≤ 20. The other 43 stand still for the whole process, and even the fastest makes less than a sixth of a turn.")
+@checker("21 of 64: the hands with i ≤ 20. The other 43 hardly stir in the whole process, and even the fastest makes less than a sixth of a turn.")
 def check_idle(
     count: int,  # How many of 64 hands turn by more than 0.05 radians
 ) -> None:
@@ -52,8 +52,10 @@ def check_idle(
         raise Wrong("43 is the number of hands that do not move; the question asks for those that do.")
     if count == 20:
         raise Wrong("Nearly: 20 is the largest i that moves. Counting i = 0 as well, how many are these?")
-    if count in (41, 42):
-        raise Wrong("It seems that the exponent was divided by the width, 128; it is i/64, one for each hand.")
+    if count == 42:
+        raise Wrong("Twice too many. Either you count channels (each hand is two, a cosine and a sine), or you divided the exponent by the width, 128: it is i/64.")
+    if count == 41:
+        raise Wrong("It seems that the exponent was divided by the width, 128: it is i/64, one for each hand.")
     if count in (40, 86):
         raise Wrong("Count hands, not channels: each hand is a cosine and a sine.")
     if count == 64:
@@ -71,7 +73,7 @@ def check_shift(
     for dim in (16, 2):
         rows = timestep_embedding(times, dim)
         before = rows.clone()
-        answer = expect_tensor(shift(rows, k), (4, dim), "shift(rows, 7)")
+        answer = expect_tensor(shift(rows, k), (4, dim), "shift(rows, 7)").float()
         if not torch.equal(rows, before):
             raise Wrong("Your function changed the rows that it was given. Build a new tensor instead of writing into the old one.")
 

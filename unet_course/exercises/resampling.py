@@ -20,10 +20,11 @@ def check_sizes(
 ) -> None:
     "Sizes of a 45 × 28 picture after three levels of two kinds."
     right = {"symmetric": [(23, 14), (12, 7), (6, 4)], "asymmetric": [(22, 14), (11, 7), (5, 3)]}
-    given = {"symmetric": [tuple(s) for s in symmetric], "asymmetric": [tuple(s) for s in asymmetric]}
+    given = {"symmetric": symmetric, "asymmetric": asymmetric}
     for name, sizes in given.items():
-        if len(sizes) != 3 or any(len(s) != 2 for s in sizes):
+        if not isinstance(sizes, (list, tuple)) or len(sizes) != 3 or any(not isinstance(s, (list, tuple)) or len(s) != 2 for s in sizes):
             raise Wrong(f"{name}: give three sizes, each of two numbers (height, width).")
+        given[name] = [tuple(s) for s in sizes]
     if given == {"symmetric": right["asymmetric"], "asymmetric": right["symmetric"]}:
         raise Wrong("You have the right numbers under the wrong names: which of the two adds a zero in front of the first pixel, and so fits one window more?")
     for name, sizes in given.items():
@@ -57,6 +58,8 @@ def check_thirds(
         raise Wrong("That is the answer for halving. Draw the first window of a factor of three: its taps are at -1, 0, 1.")
     if pixels != 4:
         raise Wrong(f"Not {pixels}. Where is window i centred? What is the middle of the three positions onto which pixel i is put back?")
+    if not isinstance(padding, int):
+        raise Wrong(f"The shift is right. padding={padding!r} must be one whole number, the same for both axes.")
     if padding == 1:
         raise Wrong("The shift is right. But padding=1 is what causes it; which padding centres window 0 on position 1?")
     if padding != 0:
@@ -89,7 +92,7 @@ def check_frames(
     raise Wrong("The shape is right, the values are not: frame t of the result must be layer(x[:, :, t]).")
 
 # %% ../../nbs/02_convolution_and_resampling.ipynb #99b30984
-@checker('That is TensorFlow\'s "SAME": as few zeros as possible, the odd one at the end. For even sizes it is the padding of the DDPM U-Net, for odd ones it is symmetric.')
+@checker('That is TensorFlow\'s "SAME": as few zeros as possible, the odd one at the end. With three taps and stride 2, even sizes get one zero at the end, as in the DDPM U-Net, and odd sizes one on each side.')
 def check_same_padding(
     same_padding: Callable[[int, int, int], tuple[int, int]],  # The reader's function
 ) -> None:

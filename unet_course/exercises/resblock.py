@@ -104,7 +104,7 @@ def check_grain(block_class):
 @checker("Every number is accounted for.")
 def check_block_parameters(count):
     "A function of channels, out_channels, emb_channels and scale_shift against the real block."
-    for channels, out_channels, emb_channels, scale_shift in ((64, 32, 16, False), (32, 32, 64, False), (32, 32, 64, True), (32, 96, 128, True)):
+    for channels, out_channels, emb_channels, scale_shift in ((96, 32, 16, False), (32, 32, 64, False), (32, 32, 64, True), (32, 96, 128, True)):
         block = ResBlock(channels, emb_channels, 0.0, out_channels, use_scale_shift_norm=scale_shift)
         right = sum(p.numel() for p in block.parameters())
         answer = count(channels, out_channels, emb_channels, scale_shift)
@@ -132,6 +132,8 @@ def check_block_parameters(count):
             raise Wrong(f"For count({channels}, {out_channels}, {emb_channels}, {scale_shift}) you miss {right - answer:,}: {', or '.join(parts)}.")
         if answer - right == channels * out_channels + out_channels:
             raise Wrong("You count a convolution in the shortcut where there is none: with equal channels it is the identity.")
+        if answer - right == (1 + scale_shift) * (emb_channels + 1) * (channels - out_channels) != 0:
+            raise Wrong("Your time projection has one output per incoming channel. Time is added after the first convolution: how many channels are there then?")
         if answer - right == projection and not scale_shift:
             raise Wrong("You double the time projection even where time is only added.")
         raise Wrong(f"For count({channels}, {out_channels}, {emb_channels}, {scale_shift}) you get {answer:,}; the block has {right:,}.")
@@ -170,6 +172,8 @@ def check_deepen(deepen):
     if not all(isinstance(new, ResBlock) for new in deeper[1::2]):
         raise Wrong("The function is the same, but the new blocks are no ResBlocks and have nothing to learn.")
     after.square().sum().backward()
-    gradients = [max((p.grad.abs().max().item() for p in new.parameters() if p.grad is not None), default=0.0) for new in deeper[1::2]]
-    if min(gradients) == 0:
+    heard = [[p.ndim for p in new.parameters() if p.grad is not None and p.grad.abs().max() > 0] for new in deeper[1::2]]
+    if not all(heard):
         raise Wrong("The function is the same, but no gradient reaches the new blocks: they would stay as they are for ever.")
+    if any(max(dims) == 1 for dims in heard):
+        raise Wrong("The function is the same, but in the new blocks a gradient reaches only biases: with all weights at zero they can learn a constant and no more.")
