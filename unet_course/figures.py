@@ -62,6 +62,11 @@ def use_style() -> None:
     mpl.rcParams.update(STYLE)
 
 # %% ../nbs/91_figures.ipynb #0783b373
+def _shorten(attribute: re.Match) -> str:
+    "Coordinates to a hundredth of a point, on one line."
+    return re.sub(r"(\.\d\d)\d+", r"\1", attribute[0]).replace("\n", "")
+
+
 def svg(
     fig: Figure,  # Drawn in the colours of `COLORS`
     alt: str,  # What the picture shows, in a sentence, for those who cannot see it
@@ -74,14 +79,15 @@ def svg(
     plt.close(fig)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"\s*<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)  # that style would reach the whole page
     width = fig.get_figwidth() * mpl.rcParams["figure.dpi"]
     prefix = "f" + sha256((alt + text).encode()).hexdigest()[:8]  # ids must differ between the figures of a page
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     text = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", text)  # matplotlib gives equal images the same id
+    text = re.sub(r'\b(?:d|x|y)="[^"]*"', _shorten, text)
     for name, shade in COLORS.items():
         text = text.replace(shade, f"var(--figure-{name}, {'currentColor' if name == 'ink' else shade})")
-    size = f'role="img" aria-label="{escape(alt)}" style="width: {width:.0f}px; max-width: 100%; height: auto"'
+    size = f'role="img" aria-label="{escape(alt)}" style="width: {width:.0f}px; max-width: 100%; height: auto; stroke-linejoin: round"'
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1 {size}", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
 
 

@@ -70,6 +70,7 @@ WRONG = [  # checker, arguments, a part of the diagnosis it must give
     (check_recover_noise, (lambda x, guess, t: (x - guess) / column(t),), "noise minus picture"),
     (check_recover_noise, (lambda x, guess, t: (x - column(t) * guess) / (1 - column(t)),), "exchanged"),
     (check_recover_noise, (lambda x, guess, t: (x - (1 - t) * guess) / t,), "along the width"),
+    (check_recover_noise, (lambda x, guess, t: (x - (1 - t[:, None]) * guess) / t[:, None],), "along the height"),
     (check_recover_noise, (in_place,), "changed x itself"),
     (check_recover_noise, (lambda x, guess, t: x + guess,), "solve for the noise"),
     (check_recover_noise, (lambda x, guess, t: None,), "gave nothing back"),

@@ -36,17 +36,17 @@ def check_best_guess(
         raise Wrong(f"The guess is right, its error is not {loss:g}: average the four squared distances from −0.5.")
 
 
-@checker("All of a digit's pictures come out nearly the same: the blurry average. Many small steps let the noise decide, a little at a time, which digit it will be.")
+@checker("All of a digit's pictures come out nearly the same: the blurry average. Many small steps let the noise decide, a little at a time, which of them it will be.")
 def check_one_step(
     answer,  # "noise", "a crisp digit" or "the average"
 ):
     "What sampling in a single step gives."
-    answer = str(answer).strip().lower()
+    answer = str(answer).strip(" .!").lower().removeprefix("the ").removeprefix("a ")
     if answer == "noise":
         raise Wrong("With one step t goes from 1 to 0, so t_next / t is 0: nothing of the noise is kept. Only the guess is left.")
-    if answer == "a crisp digit":
+    if answer == "crisp digit":
         raise Wrong("The one guess is made from pure noise. What did the network answer in the picture at t = 1?")
-    if answer != "the average":
+    if answer != "average":
         raise Wrong('Choose one of "noise", "a crisp digit" and "the average".')
 
 
@@ -69,6 +69,7 @@ def check_recover_noise(
         "You took the picture off, but what is left is t times the noise, not the noise.": x - (1 - s) * picture,
         "(x − picture) / t is noise minus picture: at noise level t, only the share 1 − t of the picture is in x.": (x - picture) / s,
         "The two shares are exchanged: t belongs to the noise, 1 − t to the picture.": (x - s * picture) / (1 - s),
+        "Your t runs along the height of the pictures, not along the batch: give it the shape (batch, 1, 1, 1) first.": (x - (1 - t[:, None]) * picture) / t[:, None],
         "Your t runs along the width of the pictures, not along the batch: give it the shape (batch, 1, 1, 1) first.": (x - (1 - t) * picture) / t,
     }
     for diagnosis, wrong in known.items():
@@ -88,7 +89,7 @@ def check_walk(
     seen = []
 
     def guess(x, t):
-        seen.append((float(t), x.clone()))
+        seen.append((float(torch.as_tensor(t).flatten()[0]), x.clone()))
         return picture.clone()
 
     start = noise.clone()
@@ -141,7 +142,7 @@ def check_redraw(
     seen = []
 
     def guess(x, t):
-        seen.append((float(t), x.clone()))
+        seen.append((float(torch.as_tensor(t).flatten()[0]), x.clone()))
         return target.clone()
 
     end = expect_tensor(function(guess, picture.clone(), noise.clone(), 0.6, 3), (2, 1, 4, 4))
