@@ -1,10 +1,14 @@
 """The tools of the appendices: figures, data, workbench."""
 
 import re
+from base64 import b64decode
+from io import BytesIO
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from unet_course import data, figures, workbench
@@ -166,3 +170,18 @@ def test_relative_error_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"\(2,\) against \(3,\)"):
         workbench.relative_error(torch.zeros(2), torch.zeros(3))
     assert workbench.relative_error(torch.ones(2), torch.zeros(2)) == 1.0
+
+
+def test_pictures_in_figures_keep_every_pixel(monkeypatch):
+    """Pictures of few colours are stored with a palette, without a change to any pixel."""
+
+    def pictures(image):
+        found = re.findall(r'data:image/png;base64,([^"]+)"', figures.svg(figures.image_grid(image), "noise"))
+        return [Image.open(BytesIO(b64decode(png))) for png in found]
+
+    image = torch.randint(0, 200, (1, 1, 20, 30)) / 100 - 1
+    (small,) = pictures(image)
+    monkeypatch.setattr(figures, "_lighten", lambda picture: picture[0])
+    (large,) = pictures(image)
+    assert (small.mode, large.mode) == ("P", "RGBA")
+    assert np.array_equal(small.convert("RGBA"), large)
