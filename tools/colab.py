@@ -340,7 +340,7 @@ def head(stem: str, wheel: str) -> list:
     note = (
         f"*The Colab edition of a chapter of [a free book]({BOOK}); [its page there]({BOOK}/nbs/{stem}.html) shows every figure already drawn. "
         "Here you can run and change everything. Run the next cell first; it leaves Colab's own torch as it is. "
-        "A CPU is enough; with a GPU (Runtime → Change runtime type) the training is faster.*"
+        "A CPU runtime is enough.*"
     )
     install = f'#@title Install the package of the course\n%pip install -q --no-deps "{wheel}"\n%pip install -q {extra}'
     return [new_markdown_cell(note, id="colab-note"), new_code_cell(install, id="colab-install", metadata={"cellView": "form"})]

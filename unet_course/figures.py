@@ -83,6 +83,7 @@ def _lighten(picture: re.Match) -> str:
     return "data:image/png;base64," + b64encode(small.getvalue()).decode()
 
 
+# %% ../nbs/91_figures.ipynb #c4607c71
 def svg(
     fig: Figure,  # Drawn in the colours of `COLORS`
     alt: str,  # What the picture shows, in a sentence, for those who cannot see it

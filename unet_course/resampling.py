@@ -89,6 +89,17 @@ def _pool_arguments(dims, kernel_size, stride, padding) -> list[tuple[int, ...]]
     return [kernel, kernel if stride is None else _per_axis("stride", stride, dims), pad]
 
 
+def _initialize(
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
+    "PyTorch's initial values for convolutions."
+    bound = 1 / math.sqrt(weight[0].numel())
+    for parameter in (weight, bias):
+        if parameter is not None:
+            nn.init.uniform_(parameter, -bound, bound)
+
+
 def _check_input(
     x: Tensor,
     channels: int,  # How many it must have
@@ -108,7 +119,7 @@ def conv_folded(
     stride: tuple[int, ...],    # One entry for each axis of `space`, like the next two
     padding: tuple[int, ...],   # Zeros added on both sides
     dilation: tuple[int, ...],  # Distance between neighbouring taps
-    groups: int = 1,
+    groups: int = 1,            # Separate convolutions, each on its share of the channels
     native: int = 3,            # Fold until so many axes are left; PyTorch convolves over at most 3
 ) -> Float[Tensor, "batch out_channels *out_space"]:
     "Convolution over any number of axes: the outermost is folded into the batch, one convolution for each of its taps."
@@ -130,31 +141,20 @@ def conv_folded(
     return out.unflatten(0, (len(x), length)).transpose(1, 2)
 
 # %% ../nbs/02_convolution_and_resampling.ipynb #40aea5c3
-def _initialize(
-    weight: Tensor,
-    bias: Tensor | None,
-) -> None:
-    "PyTorch's initial values for convolutions."
-    bound = 1 / math.sqrt(weight[0].numel())
-    for parameter in (weight, bias):
-        if parameter is not None:
-            nn.init.uniform_(parameter, -bound, bound)
-
-
 class ConvNd(nn.Module):
     "Convolution over any number of axes, with the parameters and the meaning of `nn.Conv2d`."
 
     def __init__(
         self,
         dims: int,                            # Axes that are convolved over
-        in_channels: int,
-        out_channels: int,
+        in_channels: int,                     # Channels that come in
+        out_channels: int,                    # Channels that go out
         kernel_size: int | Sequence[int],     # One number, or one for each axis; so are the next three
-        stride: int | Sequence[int] = 1,
+        stride: int | Sequence[int] = 1,      # Distance between neighbouring windows
         padding: int | Sequence[int] = 0,     # Zeros added on both sides of an axis
         dilation: int | Sequence[int] = 1,    # Distance between neighbouring taps
         groups: int = 1,                      # Separate convolutions, each on its share of the channels
-        bias: bool = True,
+        bias: bool = True,                    # Whether a learned number is added to each output channel
         *,
         native: int = 3,                      # Fold axes into the batch until so many are left: 1, 2 or 3
     ):
@@ -185,14 +185,14 @@ class ConvNd(nn.Module):
 # %% ../nbs/02_convolution_and_resampling.ipynb #5ba474ff
 def conv_nd(
     dims: int,                          # 1 for sequences, 2 for pictures, 3 for volumes, or more
-    in_channels: int,
-    out_channels: int,
+    in_channels: int,                   # Channels that come in
+    out_channels: int,                  # Channels that go out
     kernel_size: int | Sequence[int],   # One number, or one for each axis; so are the next three
-    stride: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,    # Distance between neighbouring windows
     padding: int | Sequence[int] = 0,   # Zeros added on both sides of an axis
     dilation: int | Sequence[int] = 1,  # Distance between neighbouring taps
     groups: int = 1,                    # Separate convolutions, each on its share of the channels
-    bias: bool = True,
+    bias: bool = True,                  # Whether a learned number is added to each output channel
 ) -> nn.Module:  # `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` up to three axes, `ConvNd` beyond
     "A convolution over `dims` axes."
     if dims in (1, 2, 3):
@@ -202,7 +202,7 @@ def conv_nd(
 
 # %% ../nbs/02_convolution_and_resampling.ipynb #f39a45cc
 def zero_module(
-    module: nn.Module,
+    module: nn.Module,  # Any module; changed in place
 ) -> nn.Module:  # The same module
     "Set all parameters of a module to zero."
     for p in module.parameters():
@@ -211,7 +211,7 @@ def zero_module(
 
 # %% ../nbs/02_convolution_and_resampling.ipynb #a716b526
 def _along(
-    axis: int,
+    axis: int,  # Counted from the batch, which is 0
     x: Tensor,
     function: Callable[[Tensor], Tensor],  # Takes and returns (batch, channels, length)
 ) -> Tensor:
@@ -248,82 +248,8 @@ class _PoolNd(nn.Module):
     def extra_repr(self) -> str:
         "What `print` shows."
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
-
-
-class AvgPoolNd(_PoolNd):
-    "Average pooling over any number of axes; zeros of the padding count, as in `nn.AvgPool2d`."
-
-    pool = staticmethod(F.avg_pool1d)
-
-
-class MaxPoolNd(_PoolNd):
-    "Max pooling over any number of axes."
-
-    pool = staticmethod(F.max_pool1d)
-
-
-def avg_pool_nd(
-    dims: int,                                  # Axes that are pooled
-    kernel_size: int | Sequence[int],           # Size of a window: one number, or one for each axis
-    stride: int | Sequence[int] | None = None,  # Distance between windows; as large as they are if left out
-    padding: int | Sequence[int] = 0,           # Zeros added on both sides; at most half a window
-) -> nn.Module:  # `nn.AvgPool1d`, `2d` or `3d` up to three axes, `AvgPoolNd` beyond
-    "Average pooling over `dims` axes."
-    arguments = _pool_arguments(dims, kernel_size, stride, padding)
-    return (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[dims - 1](*arguments) if dims <= 3 else AvgPoolNd(dims, *arguments)
-
-
-def max_pool_nd(
-    dims: int,                                  # Axes that are pooled
-    kernel_size: int | Sequence[int],           # Size of a window: one number, or one for each axis
-    stride: int | Sequence[int] | None = None,  # Distance between windows; as large as they are if left out
-    padding: int | Sequence[int] = 0,           # Added on both sides, never the maximum; at most half a window
-) -> nn.Module:  # `nn.MaxPool1d`, `2d` or `3d` up to three axes, `MaxPoolNd` beyond
-    "Max pooling over `dims` axes."
-    arguments = _pool_arguments(dims, kernel_size, stride, padding)
-    return (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[dims - 1](*arguments) if dims <= 3 else MaxPoolNd(dims, *arguments)
 
 # %% ../nbs/02_convolution_and_resampling.ipynb #bd36e0f4
-def _along(
-    axis: int,
-    x: Tensor,
-    function: Callable[[Tensor], Tensor],  # Takes and returns (batch, channels, length)
-) -> Tensor:
-    "Apply a 1-d function along one axis, with all others folded into one."
-    rows = x.movedim(axis, -1)
-    out = function(rows.flatten(0, -2).unsqueeze(0)).squeeze(0)
-    return out.unflatten(0, rows.shape[:-1]).movedim(-1, axis)
-
-
-class _PoolNd(nn.Module):
-    "Pooling over any number of axes, one axis after the other."
-
-    def __init__(
-        self,
-        dims: int,                                  # Axes that are pooled
-        kernel_size: int | Sequence[int],           # Size of a window: one number, or one for each axis
-        stride: int | Sequence[int] | None = None,  # Distance between windows; as large as they are if left out
-        padding: int | Sequence[int] = 0,           # Added on both sides; at most half a window
-    ):
-        super().__init__()
-        self.dims = dims
-        self.kernel_size, self.stride, self.padding = _pool_arguments(dims, kernel_size, stride, padding)
-
-    def forward(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *out_space"]:
-        "Pool the last `dims` axes."
-        if x.ndim != self.dims + 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}; with dims={self.dims} it must be (batch, channels, {self.dims} more axes)")
-        for axis, (k, s, p) in enumerate(zip(self.kernel_size, self.stride, self.padding), start=2):
-            if x.shape[axis] + 2 * p < k:
-                raise ValueError(f"x has shape {tuple(x.shape)}: even with padding={self.padding} it is smaller than kernel_size={self.kernel_size}")
-            x = _along(axis, x, lambda rows: self.pool(rows, k, s, p))
-        return x
-
-    def extra_repr(self) -> str:
-        "What `print` shows."
-        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
-
-
 class AvgPoolNd(_PoolNd):
     "Average pooling over any number of axes; zeros of the padding count, as in `nn.AvgPool2d`."
 
@@ -476,7 +402,7 @@ def conv_transpose_folded(
     padding: tuple[int, ...],         # How much is cut off at both ends of the output
     output_padding: tuple[int, ...],  # How much is put back at its end
     dilation: tuple[int, ...],        # Distance between neighbouring taps
-    groups: int = 1,
+    groups: int = 1,                  # Separate convolutions, each on its share of the channels
     native: int = 3,                  # Fold until so many axes are left; PyTorch convolves over at most 3
 ) -> Float[Tensor, "batch out_channels *out_space"]:
     "Transposed convolution over any number of axes: each tap of the outermost axis writes into its own slices of the output."
@@ -506,14 +432,14 @@ class ConvTransposeNd(nn.Module):
     def __init__(
         self,
         dims: int,                                # Axes that are convolved over
-        in_channels: int,
-        out_channels: int,
+        in_channels: int,                         # Channels that come in
+        out_channels: int,                        # Channels that go out
         kernel_size: int | Sequence[int],         # One number, or one for each axis; so are the next three, and `dilation`
         stride: int | Sequence[int] = 1,          # How far apart the copies of the kernel are laid
         padding: int | Sequence[int] = 0,         # How much is cut off at both ends of the output
         output_padding: int | Sequence[int] = 0,  # How much is put back at its end; smaller than stride or dilation
         groups: int = 1,                          # Separate convolutions, each on its share of the channels
-        bias: bool = True,
+        bias: bool = True,                        # Whether a learned number is added to each output channel
         dilation: int | Sequence[int] = 1,        # Distance between neighbouring taps
         *,
         native: int = 3,                          # Fold axes into the batch until so many are left: 1, 2 or 3
@@ -548,14 +474,14 @@ class ConvTransposeNd(nn.Module):
 # %% ../nbs/02_convolution_and_resampling.ipynb #5ccd1635
 def conv_transpose_nd(
     dims: int,                                # 1 for sequences, 2 for pictures, 3 for volumes, or more
-    in_channels: int,
-    out_channels: int,
+    in_channels: int,                         # Channels that come in
+    out_channels: int,                        # Channels that go out
     kernel_size: int | Sequence[int],         # One number, or one for each axis; so are the next three, and `dilation`
     stride: int | Sequence[int] = 1,          # How far apart the copies of the kernel are laid
     padding: int | Sequence[int] = 0,         # How much is cut off at both ends of the output
     output_padding: int | Sequence[int] = 0,  # How much is put back at its end; smaller than stride or dilation
     groups: int = 1,                          # Separate convolutions, each on its share of the channels
-    bias: bool = True,
+    bias: bool = True,                        # Whether a learned number is added to each output channel
     dilation: int | Sequence[int] = 1,        # Distance between neighbouring taps
 ) -> nn.Module:  # `nn.ConvTranspose1d`, `2d` or `3d` up to three axes, `ConvTransposeNd` beyond
     "A transposed convolution over `dims` axes."
