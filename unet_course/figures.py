@@ -190,7 +190,7 @@ def _slider(
     "A range input that says its position in words."
     return (
         f'<label>{escape(label)} <input type="range" min="0" max="{len(options) - 1}" value="{at}" data-names="{escape(json.dumps(options))}" '
-        f'aria-valuetext="{escape(options[at])}" oninput="{_one_line(_SCRUB)}"><output>{escape(options[at])}</output></label>'
+        f'aria-valuetext="{escape(options[at])}" oninput="{_one_line(_SCRUB)}"><output style="min-width: {max(map(len, options))}ch">{escape(options[at])}</output></label>'
     )
 
 # %% ../nbs/91_figures.ipynb #1fb05f88

@@ -184,7 +184,7 @@ class SpatialTransformer(nn.Module):
 # %% ../nbs/05_spatial_transformer.ipynb #a76179de
 @contextmanager
 def attention_maps(
-    model: nn.Module,
+    model: nn.Module,  # Any model with `CrossAttention` modules in it
     part: str = "attn2",  # Watch the `CrossAttention` modules whose name holds this; "" watches all
 ) -> Iterator[dict[str, Tensor]]:  # Filled by each forward pass: name → (batch, heads, queries, keys)
     "Keep the attention weights of a model's forward pass: which query looks at which key."

@@ -72,7 +72,7 @@ def check_multiplier(
     if relative_error(run(gates, values, last), a * b) < 1e-4:
         raise Wrong("Values and gates are exchanged: rows 0 and 1 of proj.weight make the values, rows 2 and 3 the gates.")
     if relative_error(run(values, gates, last * torch.tensor([[1.0, -1.0]])), a * b) < 1e-4:
-        raise Wrong("The second product has to be subtracted, not added: GELU(b) + GELU(−b) is not b, the difference is.")
+        raise Wrong("One of the two products has the wrong sign. With values a and a, the second has to be subtracted, not added: GELU(b) − GELU(−b) is b, the sum is not.")
     if relative_error(run(values, gates, last.abs().sign() * torch.tensor([[1.0, -1.0]])), a * b) < 1e-4:
         raise Wrong(f"Nearly: the two products enter with the factors {last.tolist()[0]}; they should be subtracted as they are.")
     if relative_error(run(values[:1], gates[:1], last[:, :1]), a * F.gelu(b)) < 1e-4:
