@@ -9,7 +9,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings
     if config.getoption("--shape-check"):
         from jaxtyping import install_import_hook
 

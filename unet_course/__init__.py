@@ -11,6 +11,7 @@ from .attention import (
     make_attention,
     register_attention,
 )
+from .ddpm_unet import Model
 from .embeddings import TimestepEmbedding, get_timestep_embedding, timestep_embedding
 from .resampling import (
     AsymmetricDownsample,
@@ -26,3 +27,4 @@ from .resampling import (
 )
 from .resblock import GroupNorm32, Normalize, ResBlock, ResnetBlock, normalization
 from .transformer import GEGLU, BasicTransformerBlock, FeedForward, SpatialTransformer
+from .unet import TimestepEmbedSequential, UNetModel
