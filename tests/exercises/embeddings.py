@@ -31,6 +31,12 @@ def neighbours(rows, k):
     return torch.stack([cos * angle.cos() - sin * angle.sin(), sin * angle.cos() + cos * angle.sin()], dim=2).flatten(1)
 
 
+def off_the_fastest(rows, k):
+    """Reads the time off one hand."""
+    half = rows.shape[1] // 2
+    return timestep_embedding(torch.atan2(rows[:, half], rows[:, 0]) + k, rows.shape[1])
+
+
 def rounded_speed(timesteps, dim, dtype):
     """Only the speeds are rounded."""
     angles = timesteps.float()[:, None] * omega(dim // 2).to(dtype).float()
@@ -56,6 +62,10 @@ WRONG = [
     (check_turns, ([2 * math.pi * 10**i for i in (3, 2, 1, 0)],), "in reverse"),
     (check_turns, ([2 * math.pi * 10 ** (i / 2) for i in range(8)],), "four hands"),
     (check_turns, ([6.28, 62.8, 314, 6283],), "hand 2 is off"),
+    (check_turns, ([1 / (2 * math.pi * 10**i) for i in range(4)],), "the other way up"),
+    (check_idle, (20.8,), "whole numbers"),
+    (check_idle, (22,), "round 20.8 up"),
+    (check_idle, (48,), "logarithm"),
     (check_idle, (43,), "do not move"),
     (check_idle, (20,), "i = 0 as well"),
     (check_idle, (42,), "count channels"),
@@ -69,6 +79,7 @@ WRONG = [
     (check_shift, (lambda rows, k: turn(rows, k * omega(rows.shape[1] // 2)).roll(rows.shape[1] // 2, dims=1),), "sines first"),
     (check_shift, (lambda rows, k: rows + timestep_embedding(torch.full((len(rows),), float(k)), rows.shape[1]),), "adding tips"),
     (check_shift, (lambda rows, k: turn(rows, torch.tensor(float(k)).expand(rows.shape[1] // 2)),), "wrong angles"),
+    (check_shift, (off_the_fastest,), "only up to whole turns"),
     (check_shift, (neighbours,), "left the circle"),
     (check_shift, (in_place,), "changed the rows"),
     (check_shift, (lambda rows, k: None,), "return"),

@@ -28,6 +28,8 @@ def check_turns(
         return all(abs(x - y) <= 0.01 * y for x, y in zip(turns, values))
 
     right = [2 * math.pi * 10**i for i in range(4)]
+    if near(*(1 / x for x in right)):
+        raise Wrong("These are turns per timestep. The question asks for timesteps per turn: the other way up.")
     if near(*right[::-1]):
         raise Wrong("The right numbers in reverse: the fastest hand, with the shortest time, comes first.")
     if near(1, 0.1, 0.01, 0.001):
@@ -40,7 +42,8 @@ def check_turns(
         raise Wrong("You divided the exponent by the width, 8. It is i/h, where h = 4 is the number of hands.")
     if not near(*right):
         wrong = next(i for i in range(4) if abs(turns[i] - right[i]) > 0.01 * right[i])
-        raise Wrong(f"Hand {wrong} is off: for it you give {turns[wrong]:g}. Its speed is 10000 to the power of −{wrong}/4.")
+        speed = f"10000^(−{wrong}/4) radians per timestep" if wrong else "1 radian per timestep"
+        raise Wrong(f"Hand {wrong} is off: for it you give {turns[wrong]:g}. Its speed is {speed}. How many timesteps make 2π radians?")
 
 # %% ../../nbs/01_timestep_embeddings.ipynb #4400cb07
 @checker("21 of 64: the hands with i ≤ 20. The other 43 hardly stir in the whole process, and even the fastest makes less than a sixth of a turn.")
@@ -50,6 +53,12 @@ def check_idle(
     "How many hands move when time runs from 0 to 1."
     if count == 43:
         raise Wrong("43 is the number of hands that do not move; the question asks for those that do.")
+    if isinstance(count, float) and not count.is_integer():
+        raise Wrong(f"{count:g} is where the line lies; hands are counted in whole numbers. Which i are below it?")
+    if count == 22:
+        raise Wrong("Just too many: i = 21 turns by a little less than 0.05 radians. (Did you round 20.8 up and count i = 0 besides?)")
+    if count in (47, 48, 49):
+        raise Wrong("A logarithm got mixed up: with ln 20 on one side there must be ln 10000, not log₁₀ 10000, on the other.")
     if count == 20:
         raise Wrong("Nearly: 20 is the largest i that moves. Counting i = 0 as well, how many are these?")
     if count == 42:
@@ -98,6 +107,9 @@ def check_shift(
         cos, sin = answer.chunk(2, dim=1)
         if (cos.square() + sin.square() - 1).abs().max() > 1e-2:
             raise Wrong("Your tips have left the circle: cos² + sin² is no longer 1 for each hand. Do you pair channel i with channel i + h?")
+        fastest = torch.atan2(rows[:, half], rows[:, 0])
+        if gives(timestep_embedding(fastest + k, dim)) or gives(timestep_embedding(fastest % (2 * math.pi) + k, dim)):
+            raise Wrong("You read the time off the fastest hand. It tells the time only up to whole turns; each hand must be turned on from where it stands.")
         raise Wrong("The tips are on the circle, but the hands turned by wrong angles. Hand i turns by k times its speed, k · 10000^(−i/h).")
 
 
