@@ -189,6 +189,15 @@ def test_group_norm_keeps_the_dtype(dtype, convert_weights):
     assert relative_error(out, reference) < {torch.float16: 1e-3, torch.bfloat16: 1e-2}.get(dtype, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_group_norm_is_the_same_with_channels_last(dtype):
+    """Two paths lead to the result: PyTorch's kernel where it is fast, the conversion elsewhere."""
+    norm = randomize(GroupNorm32(4, 8)).to(dtype)
+    x = random(2, 8, 5, 3).to(dtype)
+    out = norm(x.to(memory_format=torch.channels_last))
+    assert out.dtype == dtype and relative_error(out, norm(x)) < {torch.float16: 1e-3, torch.bfloat16: 1e-2}.get(dtype, 1e-6)
+
+
 def test_group_norm_survives_values_that_half_cannot_square():
     norm = GroupNorm32(1, 2).half()
     out = norm(torch.tensor([[[30000.0, -30000.0], [10000.0, -10000.0]]]).half())
