@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: book serve test slow check-site colab export check clean
+.PHONY: book serve test slow check-site bench colab export check clean
 
 book: .venv/ready export  ## Execute every chapter and build the site
 	$(BIN)/jupyter-book build -W --keep-going .
@@ -21,6 +21,9 @@ check-site: .venv/ready  ## The built site in a headless browser
 
 slow: .venv/ready  ## Everything marked slow
 	$(BIN)/python -m pytest -q -m slow
+
+bench: .venv/ready  ## Time and memory against diffusers; about 40 minutes on an idle machine
+	$(BIN)/python benchmarks/unet.py
 
 colab: .venv/ready  ## The Colab edition of each notebook, in _build/colab
 	$(BIN)/python tools/colab.py
