@@ -14,6 +14,12 @@ def _show(values) -> str:
     return ", ".join(f"{float(v):.2g}" for v in values)
 
 
+def _asked_once(times) -> None:
+    "Complain if the network was asked twice in each step."
+    if times[::2] == times[1::2] and len(times) == 2 * len(set(times)):
+        raise Wrong(f"You asked the network twice at each level: {_show(times)}. Call it once per step and keep the answer: g = guess(x, t).")
+
+
 @checker("The average, and it still misses by 0.75. A network that is shown nothing but noise is in exactly this position.")
 def check_best_guess(
     guess,  # The number to answer every time
@@ -25,15 +31,15 @@ def check_best_guess(
     if abs(guess) < 1e-3:
         raise Wrong("0 is the middle of the range, but the four pixels are not spread evenly over the range: move towards the three.")
     if abs(guess + 0.5) > 1e-3:
-        raise Wrong(f"{guess:g} is not the best guess. Write the error as (3·(g+1)² + (g−1)²) / 4 and ask where it is smallest.")
+        raise Wrong(f"{guess:g} is not the best guess. Write the loss as (3·(g+1)² + (g−1)²) / 4 and ask where it is smallest.")
     if abs(loss) < 1e-3:
-        raise Wrong("The guess is right, but its error is not 0: it is never equal to any of the four pixels.")
+        raise Wrong("The guess is right, but its loss is not 0: it is never equal to any of the four pixels.")
     if abs(loss - 0.75**0.5) < 1e-2:
-        raise Wrong("The guess is right. You took the root of the error; the loss is the mean of the squares itself.")
+        raise Wrong("The guess is right. You took the root; the loss is the mean of the squares itself.")
     if abs(loss - 3) < 1e-3:
         raise Wrong("The guess is right. You added the four squares up; the loss is their mean.")
     if abs(loss - 0.75) > 1e-3:
-        raise Wrong(f"The guess is right, its error is not {loss:g}: average the four squared distances from −0.5.")
+        raise Wrong(f"The guess is right, its loss is not {loss:g}: average the four squared distances from −0.5.")
 
 
 @checker("All of a digit's pictures come out nearly the same: the blurry average. Many small steps let the noise decide, a little at a time, which of them it will be.")
@@ -45,7 +51,7 @@ def check_one_step(
     if answer == "noise":
         raise Wrong("With one step t goes from 1 to 0, so t_next / t is 0: nothing of the noise is kept. Only the guess is left.")
     if answer == "crisp digit":
-        raise Wrong("The one guess is made from pure noise. What did the network answer in the picture at t = 1?")
+        raise Wrong("The only guess is made from pure noise. Look at the network's guesses under “Watch it paint”: what are they at t = 1?")
     if answer != "average":
         raise Wrong('Choose one of "noise", "a crisp digit" and "the average".')
 
@@ -96,8 +102,11 @@ def check_walk(
     end = expect_tensor(function(guess, start, 4), (2, 1, 4, 4))
     if not torch.equal(start, noise):
         raise Wrong("Your walk changes the noise that it was given. Compute a new x in each step.")
+    _asked_once([t for t, _ in seen])
     if len(seen) != 4 or abs(seen[0][0] - 1) > 1e-6:
         raise Wrong(f"With 4 steps the network should be asked 4 times, first at t = 1; it was asked at t = {_show(t for t, _ in seen) or 'no time at all'}.")
+    if not end.isfinite().all():
+        raise Wrong("Your walk ends at infinity: in the last step t_next is 0, and you divide by it. Which of the two levels is the smaller one?")
     size = (noise - picture).norm()
     left = [float(((x - picture) * (noise - picture)).sum() / size**2) for _, x in seen]
     last = float(((end - picture) * (noise - picture)).sum() / size**2)
@@ -132,7 +141,7 @@ def check_up1_shape(
         raise Wrong(f"Not {channels} channels: add what comes from below (up2) and what comes across (down1).")
 
 
-@checker("That is image-to-image: the later you start, the more of the original survives.")
+@checker("That is image-to-image: the lower the level at which you start, the more of the original survives.")
 def check_redraw(
     function,  # (guess, picture, noise, t_start, steps) -> picture
 ):
@@ -151,12 +160,15 @@ def check_redraw(
     t, x = seen[0]
     if torch.allclose(x, picture, atol=1e-4):
         raise Wrong("You start from the clean picture. Ruin it first, to the level t_start.")
-    if torch.allclose(x, noise, atol=1e-4) or abs(t - 1) < 1e-6:
+    if abs(t - 1) < 1e-6:
         raise Wrong("You start at t = 1, where nothing of the picture is left. Start at t_start.")
+    if torch.allclose(x, noise, atol=1e-4):
+        raise Wrong("Your first x is the bare noise: mix the picture in, to the level t_start.")
     if torch.allclose(x, 0.6 * picture + 0.4 * noise, atol=1e-4):
         raise Wrong("The shares are exchanged: at t_start = 0.6 there is 0.6 of noise and 0.4 of picture.")
     if not torch.allclose(x, 0.4 * picture + 0.6 * noise, atol=1e-4):
         raise Wrong("The first stop is not the picture ruined to the level t_start: (1 − t_start) · picture + t_start · noise.")
+    _asked_once([t for t, _ in seen])
     if len(seen) != 3:
         raise Wrong(f"You were asked for 3 steps from t_start to 0 and took {len(seen)}. With linspace, n steps need n + 1 times.")
     if not all(abs(t - w) < 1e-4 for (t, _), w in zip(seen, (0.6, 0.4, 0.2))):
