@@ -6,7 +6,7 @@
 __all__ = ['quick_gelu', 'GEGLU', 'FeedForward', 'BasicTransformerBlock', 'SpatialTransformer', 'attention_maps']
 
 # %% ../nbs/05_spatial_transformer.ipynb #36244165
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -108,7 +108,7 @@ class BasicTransformerBlock(nn.Module):
     ) -> Float[Tensor, "batch tokens dim"]:
         "The tokens, plus what they gathered from one another, from the context, and what they made of it."
         if self.checkpoint and self.training and torch.is_grad_enabled():
-            return recompute(self._forward, x, context, use_reentrant=False)
+            return recompute(self._forward, x, context, use_reentrant=False)  # the way that PyTorch recommends
         return self._forward(x, context)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -127,7 +127,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,  # Channels of the feature map, a multiple of 32
+        in_channels: int,  # Channels of the feature map, a multiple of 32 (unless `normalize` is content with others)
         n_heads: int,  # Heads of each attention
         d_head: int,  # Channels of a head; the tokens have `n_heads * d_head`
         depth: int = 1,  # How many blocks
@@ -138,6 +138,7 @@ class SpatialTransformer(nn.Module):
         use_checkpoint: bool = True,  # Save memory in training: compute each block again in the backward pass
         *,
         dims: int = 2,  # Axes of the feature map
+        normalize: Callable[[int], nn.Module] = Normalize,  # Makes a normalisation layer for so many channels
     ):
         super().__init__()
         _check_sizes(in_channels=in_channels, n_heads=n_heads, d_head=d_head, depth=depth, dims=dims)
@@ -145,7 +146,7 @@ class SpatialTransformer(nn.Module):
         inner = n_heads * d_head
         self.in_channels, self.dims, self.use_linear = in_channels, dims, use_linear
         try:
-            self.norm = Normalize(in_channels)
+            self.norm = normalize(in_channels)
         except ValueError as error:
             raise ValueError(f"in_channels={in_channels}: {error}") from error
         self.proj_in = nn.Linear(in_channels, inner) if use_linear else conv_nd(dims, in_channels, inner, 1)

@@ -146,10 +146,7 @@ def attention_maker(
 
     def transformer(channels: int, heads: int, depth: int, disable_self_attn: bool) -> nn.Module:
         heads, width = count_heads(channels, heads, num_head_channels)
-        made = SpatialTransformer(channels, heads, width, depth, 0.0, context_dim, disable_self_attn, use_linear, use_checkpoint, **axes)
-        if normalize is not None:
-            made.norm = normalize(channels)
-        return made
+        return SpatialTransformer(channels, heads, width, depth, 0.0, context_dim, disable_self_attn, use_linear, use_checkpoint, **axes, **norm)
 
     def named(channels: int, heads: int, depth: int, disable_self_attn: bool) -> nn.Module:
         return make_attention(channels, attn_type, **axes, **norm)

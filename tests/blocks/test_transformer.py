@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from unet_course.resblock import Normalize
 from unet_course.transformer import GEGLU, BasicTransformerBlock, FeedForward, SpatialTransformer, attention_maps, quick_gelu
 from unet_course.workbench import compare, count_parameters, randomize, relative_error
 
@@ -217,6 +218,29 @@ def test_flags_of_spatial_transformer(change):
     assert relative_error(after(x, context[..., : change.get("context_dim", 16)]), before(x, context)) > 1e-3
 
 
+def test_normalize_of_spatial_transformer():
+    """A factory of the caller's makes the norm of the map, and is asked for its channels; those of the tokens stay."""
+    asked, x, context = [], noise(2, 20, 3, 5), noise(2, 3, 8, seed=1)
+
+    def groups_of_five(channels):
+        asked.append(channels)
+        return nn.GroupNorm(channels // 5, channels)
+
+    net = randomize(SpatialTransformer(20, 2, 16, context_dim=8, normalize=groups_of_five))
+    other = randomize(SpatialTransformer(20, 2, 16, context_dim=8, normalize=lambda channels: nn.GroupNorm(1, channels)))
+    assert asked == [20] and net.norm.num_groups == 4
+    assert all(isinstance(norm, nn.LayerNorm) for name, norm in net.transformer_blocks.named_modules() if "norm" in name)
+    assert net(x, context).shape == x.shape and relative_error(other(x, context), net(x, context)) > 1e-3
+
+
+@pytest.mark.bad_input
+def test_normalize_is_keyword_only_and_names_the_channels():
+    with pytest.raises(TypeError, match="positional"):
+        SpatialTransformer(32, 2, 16, 1, 0.0, None, False, False, True, 2, nn.Identity)
+    with pytest.raises(ValueError, match="in_channels=20"):
+        SpatialTransformer(20, 2, 16)
+
+
 # ------------------------------------------------------------------------------------------------ gradient checkpointing
 
 
@@ -408,6 +432,7 @@ VALID = {
         use_linear=st.booleans(),
         use_checkpoint=st.booleans(),
         dims=st.integers(1, 3),
+        normalize=st.sampled_from([Normalize, lambda channels: nn.GroupNorm(8, channels)]),
     ),
 }  # fmt: skip
 SPOILED = dict(

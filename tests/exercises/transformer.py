@@ -22,62 +22,38 @@ def network(proj, out, bias=0.0):
 RIGHT = [[1.0, 0], [1, 0], [0, 1], [0, -1]]
 
 
+def reading_first(readers=("attn2",), stream=False, post=False, raw=None, bare=None, order=("attn2", "attn1", "ff"), norms="213", listen=lambda block, c: c):
+    """The block with the words first, and one mistake of one's choice."""
+
+    def forward(block, x, context):
+        words = listen(block, context)
+        x = block.norm2(x) if stream else x
+        for name, number in zip(order, norms):
+            part, norm = getattr(block, name), getattr(block, f"norm{number}")
+            read = (words,) if name in readers else ()
+            if post:
+                x = norm(x + part(x, *read))
+            else:
+                branch = part(x if name == raw else norm(x), *read)
+                x = branch if name == bare else x + branch
+        return x
+
+    return forward
+
+
 def untouched(block, x, context):
     """As the exercise shows it."""
-    x = block.norm1(x)
-    x = x + block.attn1(x)
-    x = x + block.attn2(block.norm2(x))
+    x = block.norm2(x)
+    x = x + block.attn2(x)
+    x = x + block.attn1(block.norm1(x))
     return x + block.ff(block.norm3(x))
 
 
-def still_normalised(block, x, context):
-    """Only the words were mended."""
-    x = block.norm1(x)
-    x = x + block.attn1(x)
+def of_the_chapter(block, x, context):
+    """Copied from the class."""
+    x = x + block.attn1(block.norm1(x))
     x = x + block.attn2(block.norm2(x), context)
     return x + block.ff(block.norm3(x))
-
-
-def still_deaf(block, x, context):
-    """Only the stream was mended."""
-    x = x + block.attn1(block.norm1(x))
-    x = x + block.attn2(block.norm2(x))
-    return x + block.ff(block.norm3(x))
-
-
-def exchanged(block, x, context):
-    """The words go to the pixels' attention."""
-    x = x + block.attn1(block.norm1(x), context)
-    x = x + block.attn2(block.norm2(x))
-    return x + block.ff(block.norm3(x))
-
-
-def both(block, x, context):
-    """The words go to both attentions."""
-    x = x + block.attn1(block.norm1(x), context)
-    x = x + block.attn2(block.norm2(x), context)
-    return x + block.ff(block.norm3(x))
-
-
-def post_norm(block, x, context):
-    """The norms stand on the stream."""
-    x = block.norm1(x + block.attn1(x))
-    x = block.norm2(x + block.attn2(x, context))
-    return block.norm3(x + block.ff(x))
-
-
-def replaced(block, x, context):
-    """One branch is not added."""
-    x = x + block.attn1(block.norm1(x))
-    x = block.attn2(block.norm2(x), context)
-    return x + block.ff(block.norm3(x))
-
-
-def fed_first(block, x, context):
-    """The parts in another order."""
-    x = x + block.ff(block.norm3(x))
-    x = x + block.attn1(block.norm1(x))
-    return x + block.attn2(block.norm2(x), context)
 
 
 def maps(axis=-1, scale=0.5, early=False):
@@ -122,6 +98,17 @@ def crossed(block, x):
     return rearrange(block(rearrange(x, "b c t h w -> (b h w) t c")), "(b w h) t c -> b c t h w", h=x.shape[3], w=x.shape[4])
 
 
+def over_time(block, x):
+    """The right answer."""
+    return rearrange(block(rearrange(x, "b c t h w -> (b h w) t c")), "(b h w) t c -> b c t h w", h=x.shape[3], w=x.shape[4])
+
+
+def alone(block, x):
+    """Each pixel of each frame is a row of its own."""
+    b, c, t, h, w = x.shape
+    return rearrange(block(rearrange(x, "b c t h w -> (b t h w) 1 c")), "(b t h w) 1 c -> b c t h w", b=b, t=t, h=h)
+
+
 WRONG = [  # checker, arguments, a part of the diagnosis it must give
     (check_sizes, (512, 768, 21), "one bias for each output"),
     (check_sizes, (520, 840, 20), "(a) is not 520"),
@@ -131,20 +118,30 @@ WRONG = [  # checker, arguments, a part of the diagnosis it must give
     (check_sizes, (552, 840, 16), "(c) is not 16"),
     (check_multiplier, (network(RIGHT, [1.0, 1.0]),), "subtracted, not added"),
     (check_multiplier, (network(RIGHT[2:] + RIGHT[:2], [1.0, -1.0]),), "exchanged"),
-    (check_multiplier, (network(RIGHT, [0.5, -0.5]),), "factors"),
+    (check_multiplier, (network(RIGHT, [0.5, -0.5]),), "+1 and −1"),
+    (check_multiplier, (network(RIGHT, [-1.0, 1.0]),), "+1 and −1"),
+    (check_multiplier, (network([[1.0, 0], [0, 1], [1, 0], [0, -1]], [1.0, -1.0]),), "alternate"),
+    (check_multiplier, (network([[1.0, 0], [1, 0], [1, 0], [-1, 0]], [1.0, -1.0]),), "Hidden number 0 multiplies a by a gate that is made of a"),
+    (check_multiplier, (network([[0.0, 2], [0, 1], [1, 1], [0, -1]], [1.0, -1.0]),), "Hidden number 1 multiplies b"),
     (check_multiplier, (network(RIGHT, [1.0, 0.0]),), "one half is right"),
     (check_multiplier, (network([[1.0, 0], [0, 0], [0, 1], [0, 1]], [1.0, 1.0]),), "one half is right"),
     (check_multiplier, (network(RIGHT, [1.0, -1.0], 0.1),), "biases are not zero"),
     (check_multiplier, (lambda net: net,), "still the random ones"),
     (check_multiplier, (network([[1.0, 1], [0, 1], [1, 0], [1, 1]], [1.0, 1.0]),), "instead of −6"),
     (check_block, (untouched,), "both mistakes"),
-    (check_block, (still_normalised,), "still replaced by its normalised copy"),
-    (check_block, (still_deaf,), "give it the context"),
-    (check_block, (exchanged,), "went to the first attention"),
-    (check_block, (both,), "so does the first"),
-    (check_block, (post_norm,), "post-norm"),
-    (check_block, (replaced,), "instead of being added"),
-    (check_block, (fed_first,), "not that of the block"),
+    (check_block, (reading_first(stream=True, raw="attn2"),), "still replaced by its normalised copy"),
+    (check_block, (reading_first(readers=()),), "give it the context"),
+    (check_block, (reading_first(readers=("attn1",)),), "went to attn1"),
+    (check_block, (reading_first(readers=("attn1", "attn2")),), "so does attn1"),
+    (check_block, (reading_first(post=True),), "post-norm"),
+    (check_block, (of_the_chapter,), "block of the chapter"),
+    (check_block, (lambda block, x, context: block(x, context),), "block of the chapter"),
+    (check_block, (lambda block, x, context: block._forward(x, context),), "block of the chapter"),
+    (check_block, (reading_first(norms="123"),), "each other's norms"),
+    (check_block, (reading_first(listen=lambda block, c: block.norm2(c)),), "context is normalised"),
+    *((check_block, (reading_first(bare=name),), f"What {name} returns") for name in ("attn1", "attn2", "ff")),
+    *((check_block, (reading_first(raw=name),), f"{norm} is missing") for name, norm in (("attn1", "norm1"), ("attn2", "norm2"), ("ff", "norm3"))),
+    (check_block, (reading_first(order=("ff", "attn2", "attn1"), norms="321"),), "in this order"),
     (check_word_maps, (maps(axis=1),), "wrong axis"),
     (check_word_maps, (maps(scale=0),), "too sharp"),
     (check_word_maps, (maps(scale=1),), "too flat"),
@@ -161,5 +158,7 @@ WRONG = [  # checker, arguments, a part of the diagnosis it must give
     (check_over_time, (not_back,), "way back the axes"),
     (check_over_time, (crossed,), "height and width are exchanged"),
     (check_over_time, (lambda block, x: x,), "unchanged"),
+    (check_over_time, (lambda block, x: x + over_time(block, x),), "add the input once more"),
+    (check_over_time, (alone,), "a row of one token"),
     (check_over_time, (lambda block, x: 2 * crossed(block, x),), "own time line"),
 ]

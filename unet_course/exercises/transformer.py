@@ -71,16 +71,22 @@ def check_multiplier(
         return
     if relative_error(run(gates, values, last), a * b) < 1e-4:
         raise Wrong("Values and gates are exchanged: rows 0 and 1 of proj.weight make the values, rows 2 and 3 the gates.")
+    if relative_error(run(first[::2], first[1::2], last), a * b) < 1e-4:
+        raise Wrong("Your rows alternate: value, gate, value, gate. The layer cuts in the middle: both values come first, in rows 0 and 1, then both gates.")
     if relative_error(run(values, gates, last * torch.tensor([[1.0, -1.0]])), a * b) < 1e-4:
         raise Wrong("One of the two products has the wrong sign. With values a and a, the second has to be subtracted, not added: GELU(b) − GELU(−b) is b, the sum is not.")
     if relative_error(run(values, gates, last.abs().sign() * torch.tensor([[1.0, -1.0]])), a * b) < 1e-4:
-        raise Wrong(f"Nearly: the two products enter with the factors {last.tolist()[0]}; they should be subtracted as they are.")
+        raise Wrong(f"Nearly: the two products enter with the factors {last.tolist()[0]}; they should be +1 and −1.")
     if relative_error(run(values[:1], gates[:1], last[:, :1]), a * F.gelu(b)) < 1e-4:
         raise Wrong("One half is right: a · GELU(b). It is nearly zero for negative b; the other hidden number has to mend that with a gate of −b.")
-    raise Wrong(f"For (3, −2) your network gives {net(torch.tensor([3.0, -2.0])).item():.3f} instead of −6. Try values a and a, gates b and −b.")
+    for i, sees in enumerate(zip(values != 0, gates != 0)):
+        if torch.equal(*sees) and sees[0].sum() == 1:
+            name = "ab"[sees[0].int().argmax()]
+            raise Wrong(f"Hidden number {i} multiplies {name} by a gate that is made of {name} again. For a product of a and b, the gate has to come from the other input.")
+    raise Wrong(f"For (3, −2) your network gives {net(torch.tensor([3.0, -2.0])).item():.3f} instead of −6. Which two gates make GELU(…) − GELU(…) = b, with the same value before both?")
 
 
-@checker("The stream stays untouched and the words are heard.")
+@checker("The stream is only added to, and the words are heard.")
 def check_block(
     forward,  # (block, x, context) → tokens
 ) -> None:
@@ -89,28 +95,39 @@ def check_block(
     generator = torch.Generator().manual_seed(6)
     x, c = torch.randn(2, 7, 16, generator=generator), torch.randn(2, 4, 16, generator=generator)
 
-    def variant(stream=False, deaf=False, swapped=False, first=False, post=False, bare=False):
-        h = block.norm1(x) if stream else x
-        if post:
-            h = block.norm1(h + block.attn1(h))
-            h = block.norm2(h + block.attn2(h, c))
-            return block.norm3(h + block.ff(h))
-        h = h + block.attn1(h if stream else block.norm1(h), c if swapped or first else None)
-        h = (0 if bare else h) + block.attn2(block.norm2(h), None if deaf or swapped else c)
-        return h + block.ff(block.norm3(h))
+    def variant(order=("attn2", "attn1", "ff"), readers=("attn2",), norms=("norm2", "norm1", "norm3"), stream=False, post=False, raw=None, bare=None, words=c):
+        h = block.norm2(x) if stream else x
+        for name, norm in zip(order, (getattr(block, n) for n in norms)):
+            read = (words,) if name in readers else ()
+            if post:
+                h = norm(h + getattr(block, name)(h, *read))
+                continue
+            out = getattr(block, name)(h if name == raw else norm(h), *read)
+            h = out if name == bare else h + out
+        return h
 
     with torch.no_grad():
         value = expect_tensor(forward(block, x.clone(), c), (2, 7, 16))
         mistakes = {
-            "Both mistakes are still there: the first line replaces the stream by its normalised copy, and the second attention is not given the context.": variant(stream=True, deaf=True),
-            "The words are heard now, but the stream is still replaced by its normalised copy before the first branch is added.": variant(stream=True),
-            "The stream is right now, but the second attention still looks at the pixels: give it the context.": variant(deaf=True),
-            "The context went to the first attention; that one is for the pixels. The second one reads the words.": variant(swapped=True),
-            "The second attention reads the words now, but so does the first, which is for the pixels.": variant(first=True),
+            "Both mistakes are still there: the first line replaces the stream by its normalised copy, and nobody is given the context.": variant(
+                stream=True, raw="attn2", readers=()
+            ),
+            "The words are heard now, but the stream is still replaced by its normalised copy before the first branch is added.": variant(stream=True, raw="attn2"),
+            "The stream is right now, but the attention to the words still looks at the pixels: give it the context.": variant(readers=()),
+            "The context went to attn1; that one is for the pixels. The other one reads the words.": variant(readers=("attn1",)),
+            "attn2 reads the words now, but so does attn1, which is for the pixels.": variant(readers=("attn1", "attn2")),
             "This is post-norm: you normalise the stream after each addition. The norms belong inside the branches.": variant(post=True),
-            "The second attention replaces the stream instead of being added to it.": variant(bare=True),
+            "This is the block of the chapter, where the pixels come first. Here the words do.": block(x, c),
+            "The parts have each other's norms: attn1 was built with norm1, attn2 with norm2, in whatever order they are called.": variant(
+                norms=("norm1", "norm2", "norm3")
+            ),
+            "The context is normalised, too. The norms are for the stream; the words go in as they are.": variant(words=block.norm2(c)),
         }
-        _expect_close(value, block(x, c), mistakes, "The result is not that of the block: each of the three lines should read x = x + part(norm(x)), and attn2 takes the context as well.")
+        for name, norm in (("attn1", "norm1"), ("attn2", "norm2"), ("ff", "norm3")):
+            mistakes[f"What {name} returns replaces the stream instead of being added to it."] = variant(bare=name)
+            mistakes[f"{name} gets the stream as it is: {norm} is missing."] = variant(raw=name)
+        otherwise = "Each of the three lines should read x = x + part(norm(x)), for attn2, attn1 and ff in this order, and attn2 takes the context as well."
+        _expect_close(value, variant(), mistakes, otherwise)
 
 
 @checker("Each pixel shares out its attention over the words, and the maps have the shape of the picture.")
@@ -160,6 +177,10 @@ def check_over_time(
             "On the way in `reshape` was used to move axes; it only cuts the same numbers differently. Permute first.": block(x.reshape(-1, t, c)).reshape(shape),
             "The way in is right. On the way back the axes are not put in their old places: permute them, do not only reshape.": along.reshape(shape),
             "On the way back height and width are exchanged.": along.reshape(b, w, h, t, c).permute(0, 4, 3, 2, 1),
+            "You add the input once more: the block has done that inside.": x + right,
+            "Every pixel of every frame is a row of one token, so nothing looks at anything. The frames of a pixel belong into one row.": block(lines.reshape(-1, 1, c))
+            .reshape(b, h, w, t, c)
+            .permute(0, 4, 3, 1, 2),
         }
         if relative_error(value, x) < 1e-6:
             raise Wrong("The video came back unchanged: is the block called?")
