@@ -299,19 +299,24 @@ def import_graph() -> dict[str, tuple[str, set[str]]]:  # Module: the number of 
 
 
 def draw_imports(
-    graph: Mapping[str, tuple[str, set[str]]],  # From `import_graph`
+    graph: Mapping[str, tuple[str, set[str]]],  # From `import_graph`; what is imported comes first
     width: float = 5.0,  # In inches
 ) -> Figure:
-    "The modules from top to bottom, with an arc from each one to those it is built from."
+    "A staircase of modules: a wire runs down from each, and a dot where a later one uses it."
     row = {module: i for i, module in enumerate(graph)}
+    step = (width - 1.8) / max(1, len(graph) - 1)  # the last name needs room
     fig, ax = plt.subplots(figsize=(width, 0.34 * len(graph) + 0.2))
-    ax.set(xlim=(0, 10), ylim=(len(graph) - 0.4, -0.6))
+    ax.set(xlim=(-0.15, width - 0.15), ylim=(len(graph) - 0.4, -0.6))
     ax.axis("off")
     for module, (chapter, imports) in graph.items():
-        ax.text(0.2, row[module], chapter, va="center", color=COLORS["faint"])
-        ax.text(1.1, row[module], module, va="center", family="monospace")
-        for source in imports & set(graph):
-            start, stop = (4.6, row[module]), (4.6, row[source])
-            style = f"arc3,rad={0.35 if row[module] > row[source] else -0.35}"
-            ax.annotate("", stop, start, arrowprops=dict(arrowstyle="->", color=COLORS["data"], connectionstyle=style, lw=1.3))
+        i = row[module]
+        ax.text(i * step - 0.08, i, chapter, va="center", color=COLORS["faint"])
+        ax.text(i * step + 0.2, i, module, va="center", family="monospace")
+        sources = [row[source] for source in imports & set(graph)]
+        if sources:
+            ax.plot([min(sources) * step, i * step - 0.14], [i, i], color=COLORS["faint"], lw=0.8, zorder=1)
+            ax.plot([source * step for source in sources], [i] * len(sources), "o", color=COLORS["data"], markersize=5.5)
+        last = max((row[user] for user, (_, used) in graph.items() if module in used), default=i)
+        if last > i:
+            ax.plot([i * step] * 2, [i + 0.35, last], color=COLORS["faint"], lw=0.8, zorder=1)
     return fig

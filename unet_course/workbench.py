@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from html import escape
+from re import sub
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class Feedback:
     def _repr_html_(self) -> str:
         "As a card, for a notebook."
         kind, head = ("passed", "Solved.") if self.passed else ("failed", "Not yet.")
-        text = escape(self.message).replace("\n", "<br>")
+        text = sub(r"`([^`\n]+)`", r"<code>\1</code>", escape(self.message).replace("\n", "<br>"))
         return f'<div class="feedback {kind}"><strong>{head}</strong> {text}</div>'
 
 # %% ../nbs/93_workbench.ipynb #fe9ad263
