@@ -69,14 +69,13 @@ class Theirs(nn.Module):
         return self.unet(x, t, context, return_dict=False)[0]
 
 
-def build(model: str, who: str, dtype: str, layout: str) -> nn.Module:
-    """One of the two networks, with weights that depend on the parameter's name only."""
+def build(model: str, who: str, dtype: str, layout: str, alone: bool = False) -> nn.Module:
+    """One of the two networks, both with the same random weights; `alone` leaves theirs as they are and never builds ours."""
     ours, theirs, _, _ = MODELS[model]
-    network = randomize(UNetModel(**ours))
-    if who == "theirs":
-        weights = dict(network.named_parameters())
-        names = rename(weights, openai_rules(len(network.plan), network.plan[0].blocks))
-        network = Theirs(**theirs)
+    network = Theirs(**theirs) if who == "theirs" else randomize(UNetModel(**ours))
+    if who == "theirs" and not alone:
+        weights = dict((twin := randomize(UNetModel(**ours))).named_parameters())
+        names = rename(weights, openai_rules(len(twin.plan), twin.plan[0].blocks))
         network.unet.load_state_dict({names[n]: w.detach() for n, w in weights.items()}, strict=True)
     return network.to(best_device(), DTYPES[dtype], memory_format=LAYOUTS[layout])
 
@@ -113,7 +112,7 @@ def memory_of(model: str, who: str, dtype: str, layout: str, task: str) -> float
     import diffusers  # noqa: F401  held by both, so that its size does not count
 
     before = own_peak()
-    run = job(build(model, who, dtype, layout), task, inputs(model, dtype, layout), compiled=False)
+    run = job(build(model, who, dtype, layout, alone=True), task, inputs(model, dtype, layout), compiled=False)
     for _ in range(3):
         run()
     return own_peak() - before

@@ -25,7 +25,7 @@ def kept(entry=True, down=True, last=False, up=False, late=False):
     return kept_numbers
 
 
-def climb(order=-1, size=True, attention=True, time=True, take=False, swap=False):
+def climb(order=-1, size=True, attention=True, time=True, take=False, swap=False, own=False):
     """The way up with a mistake."""
 
     def way_up(model, h, kept, temb):
@@ -36,19 +36,20 @@ def climb(order=-1, size=True, attention=True, time=True, take=False, swap=False
                 h = block(torch.cat([skip, h] if swap else [h, skip], dim=1), temb if time else None)
                 h = attn(h) if attention else h
             if level:
-                above = kept[level - 1][0]
+                above = kept[level if own else level - 1][0]
                 h = stage.upsample(h, size=above.shape[2:]) if size else stage.upsample(h)
         return h
 
     return way_up
 
 
-def freeze(silu=True, inner=True, bias=True, copy=True, blocks=slice(None), fixed=None, same=False):
+def freeze(silu=True, inner=True, bias=True, copy=True, blocks=slice(None), fixed=None, same=False, load=True, add=True):
     """Freezing the time with a mistake."""
 
     def freeze_time(model, t):
         new = Model(64, 3, (1, 2), 1, (8,), resolution=16, use_timestep=False)
-        new.load_state_dict({name: value for name, value in model.state_dict().items() if "temb" not in name})
+        if load:
+            new.load_state_dict(model.state_dict(), strict=False)
         first, second = model.temb.dense
         hidden = first(get_timestep_embedding(torch.tensor([t if fixed is None else fixed]), 64))
         temb = second(F.silu(hidden) if inner else hidden)
@@ -57,7 +58,7 @@ def freeze(silu=True, inner=True, bias=True, copy=True, blocks=slice(None), fixe
             with torch.no_grad():
                 shift = old.temb_proj(F.silu(temb) if silu else temb)[0] - (0 if bias else old.temb_proj.bias)
                 if copy:
-                    block.conv1.bias += shift
+                    block.conv1.bias.copy_(block.conv1.bias + shift if add else shift)
         return new
 
     return freeze_time
@@ -78,17 +79,22 @@ WRONG = [
     (check_kept_numbers, (kept(late=True),), "does not change the channels"),
     (check_kept_numbers, (kept(entry=False, down=False),), "only the maps of the residual blocks"),
     (check_kept_numbers, (lambda size, ch, ch_mult, n: size,), "there are"),
-    (check_way_up, (climb(order=1),), "in the order in which they were kept"),
+    (check_way_up, (climb(order=1),), "each other's skips"),
     (check_way_up, (climb(size=False),), "right for even sizes"),
     (check_way_up, (climb(attention=False),), "attention is missing"),
     (check_way_up, (climb(time=False),), "not told the time"),
     (check_way_up, (climb(take=True),), "belongs to the caller"),
-    (check_way_up, (climb(swap=True),), "off by"),
+    (check_way_up, (climb(swap=True),), "stands in front"),
+    (check_way_up, (climb(own=True),), "level *above*"),
+    (check_way_up, (lambda model, h, kept, temb: climb()(model, h, kept, temb) + 1,), "off by"),
     (check_freeze_time, (freeze(silu=False),), "silu of temb"),
     (check_freeze_time, (freeze(inner=False),), "between the two layers"),
     (check_freeze_time, (freeze(bias=False),), "bias of temb_proj"),
     (check_freeze_time, (freeze(copy=False),), "nowhere in them"),
-    (check_freeze_time, (freeze(blocks=slice(0, 2)),), "all residual blocks"),
+    (check_freeze_time, (freeze(blocks=slice(0, 2)),), "received nothing"),
+    (check_freeze_time, (freeze(load=False),), "must be copied"),
+    (check_freeze_time, (freeze(add=False),), "must be added to it"),
+    (check_freeze_time, (freeze(fixed=500),), "off by"),
     (check_freeze_time, (freeze(same=True),), "changed the network"),
     (check_freeze_time, (lambda model, t: model,), "use_timestep=False"),
 ]

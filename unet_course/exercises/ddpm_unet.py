@@ -44,7 +44,7 @@ def _kept(size: int, ch: int, ch_mult: tuple, blocks: int, first=True, down=True
     return total
 
 
-@checker("What the way down keeps, to the last number. For 256 × 256 pixels and DDPM's network that is 179 times the picture.")
+@checker("What the way down keeps, to the last number. In the U of the figure that is 179 times the picture.")
 def check_kept_numbers(
     kept_numbers,  # `(size, ch, ch_mult, num_res_blocks)` → a whole number
 ) -> None:
@@ -99,6 +99,8 @@ def check_way_up(
         except (RuntimeError, ValueError) as error:
             if what == "an odd size":
                 raise Wrong(f"Right for even sizes. For 15 × 15 it fails: {error}. How large is the map that the step up should match?") from error
+            if "Sizes of tensors must match" in str(error):
+                raise Wrong(f"With {what} a map from below and the skip beside it differ in size. A step up goes to the size of the level *above*.") from error
             raise Wrong(f"With {what} it fails: {error}. Is each block given the skip that it was built for?") from error
         if [len(maps) for maps in kept] != lengths:
             raise Wrong("Your function took maps out of `kept`, which belongs to the caller.")
@@ -106,29 +108,30 @@ def check_way_up(
         if relative_error(answer, right) < 1e-5:
             continue
         if relative_error(answer, _way_up(model, h, kept, temb, order=1)) < 1e-5:
-            raise Wrong("Within each level the skips are read in the order in which they were kept. The bridges are nested: which of them does the first block of the way up read?")
+            raise Wrong("The shapes fit, but within a level blocks are given each other's skips. Follow the bridges in the figure.")
         if relative_error(answer, _way_up(model, h, kept, temb, attention=False)) < 1e-5:
             raise Wrong("The attention is missing: it follows each block of a level that has it.")
         if relative_error(answer, _way_up(model, h, kept, temb, time=False)) < 1e-5:
             raise Wrong("The blocks of your way up are not told the time.")
+        if relative_error(answer, _way_up(model, h, kept, temb, swap=True)) < 1e-5:
+            raise Wrong("The skip stands in front of the map from below. The weights of the blocks expect it behind.")
         raise Wrong(f"With {what} the result is off by {relative_error(answer, right):.0e}.")
 
 
-def _way_up(model: Model, h: Tensor, kept: list[list[Tensor]], temb: Tensor, order: int = -1, attention: bool = True, time: bool = True) -> Tensor:
+def _way_up(model: Model, h: Tensor, kept: list[list[Tensor]], temb: Tensor, order=-1, attention=True, time=True, swap=False) -> Tensor:
     "The decoder, or the decoder with a mistake; not a number where it cannot run."
     sizes = [maps[0].shape[2:] for maps in kept]
     try:
         for level in reversed(range(len(kept))):
             stage = model.up[level]
             for (block, attn), skip in zip(stage.steps(), kept[level][::order]):
-                h = block(torch.cat([h, skip], dim=1), temb if time else None)
+                h = block(torch.cat([skip, h] if swap else [h, skip], dim=1), temb if time else None)
                 h = attn(h) if attention else h
             if stage.upsample is not None:
                 h = stage.upsample(h, size=sizes[level - 1])
         return h
     except (RuntimeError, ValueError):
         return torch.full((1, 64, *sizes[0]), torch.nan)
-
 
 # %% ../../nbs/06_ddpm_unet.ipynb #ade42353
 @checker("The time has gone into the biases. The new network is smaller, computes the same, and has forgotten all times but one.")
@@ -152,6 +155,10 @@ def check_freeze_time(
             answer, right = expect_tensor(new.eval()(x), (2, 3, 16, 16), "new(x)"), model(x, t)
             if relative_error(answer, right) < 1e-4:
                 continue
+            ours, theirs = new.state_dict(), model.state_dict()
+            other = [n for n in ours if not n.endswith("conv1.bias") and (n not in theirs or not torch.equal(ours[n], theirs[n]))]
+            if other:
+                raise Wrong(f"{other[0]} is not as in the old network. All weights but the time's must be copied, and only conv1's biases change.")
             if relative_error(answer, _without_time(model, x)) < 1e-4:
                 raise Wrong("The weights are copied, but the time is nowhere in them: new(x) is what the blocks give when nothing is added.")
             sinusoid = get_timestep_embedding(torch.tensor([float(t)]), 64)
@@ -164,7 +171,13 @@ def check_freeze_time(
             ):
                 if relative_error(answer, _without_time(model, x, wrong)) < 1e-4:
                     raise Wrong(diagnosis)
-            raise Wrong(f"At t = {t} the new network is off by {relative_error(answer, right):.0e}. Have all residual blocks, those in the middle and on the way up too, received their share?")
+            shares = {f"{n}.conv1.bias": m.temb_proj(F.silu(temb))[0] for n, m in model.named_modules() if hasattr(m, "temb_proj")}
+            if all(torch.allclose(ours[n], share, atol=1e-5) for n, share in shares.items()):
+                raise Wrong("What the time adds stands in the place of conv1's bias. It must be added to it.")
+            forgotten = [n for n in shares if torch.equal(ours[n], theirs[n])]
+            if forgotten:
+                raise Wrong(f"{len(forgotten)} of {len(shares)} residual blocks received nothing, such as {forgotten[-1]}. Middle and way up have blocks too.")
+            raise Wrong(f"At t = {t} the new network is off by {relative_error(answer, right):.0e}. Does each block receive its own share, for this time?")
 
 
 def _without_time(model: Model, x: Tensor, shift=None) -> Tensor:
