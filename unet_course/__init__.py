@@ -12,6 +12,7 @@ from .attention import (
     register_attention,
 )
 from .ddpm_unet import Model
+from .diffusion import Schedule, cosine_betas, diffusion_loss, linear_betas, scaled_linear_betas, zero_terminal_snr
 from .embeddings import TimestepEmbedding, get_timestep_embedding, timestep_embedding
 from .resampling import (
     AsymmetricDownsample,
@@ -26,5 +27,8 @@ from .resampling import (
     zero_module,
 )
 from .resblock import GroupNorm32, Normalize, ResBlock, ResnetBlock, normalization
+from .sampling import choose_steps, ddim, ddim_invert, ddpm, denoiser, dpm_solver, heun, img2img, inpaint, sample
+from .training import EMA, Trainer, load_checkpoint, load_weights, pretrained, save_checkpoint, train_digits
 from .transformer import GEGLU, BasicTransformerBlock, FeedForward, SpatialTransformer
 from .unet import TimestepEmbedSequential, UNetModel
+from .unet_nd import DoubleConv, UNetND

@@ -19,6 +19,7 @@ from torch import Tensor
 # %% ../nbs/90_data.ipynb #90719d8f
 CHECKSUMS = {  # file in unet_course/assets: SHA-256
     "digits.npz": "fd01a7c1a3178cd8ec4b3bb948d6c26d92b1cee9166bc408e086ce87c5fd7d09",
+    "digits_unet.safetensors": "e7f6a44608cf40f4a801bde436cc6c6fec7cf89c3f0854af0d54284b71fc0b5a",
 }
 
 
