@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -572,7 +573,9 @@ def test_plot(monkeypatch):
     monkeypatch.setattr(training, "Watch", partial(training.Watch, seconds=0.0))
     make().fit(4, plot=True)
     assert len(shown) >= 4 and "<svg" in shown[-1]
-    assert draw_history(make().history).axes
+    drawing = draw_history(make().history)
+    assert drawing.axes
+    plt.close(drawing)
 
 
 # In processes and precisions of their own
