@@ -116,7 +116,7 @@ def test_digits():
 
 
 def test_damaged_file_is_refused(monkeypatch):
-    monkeypatch.setitem(data.CHECKSUMS, "digits.npz", "0" * 64)
+    monkeypatch.setitem(data.checksums(), "digits.npz", "0" * 64)
     with pytest.raises(ValueError, match="digits.npz is damaged"):
         data.read_asset("digits.npz")
     with pytest.raises(ValueError, match="not a shipped file"):

@@ -678,7 +678,7 @@ def digits_loss(
 # %% ../nbs/10_training.ipynb #d3cb9dcd
 def train_digits(
     folder: str | Path = "runs/digits",  # Of the checkpoints; an interrupted training goes on from there
-    steps: int = 4000,  # In all
+    steps: int = 8000,  # In all
     seed: int = 0,  # Of weights, order and noise
     progress: bool | None = None,  # A progress bar; `None`: if there is a terminal
     callback: Callable[[Trainer], None] | None = None,  # Called every 200 steps
