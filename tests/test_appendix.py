@@ -1,4 +1,4 @@
-"""The tools of the appendices: figures, data, workbench."""
+"""The tools of the appendices: figures, workbench."""
 
 import re
 from base64 import b64decode
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from unet_course import data, figures, workbench
+from unet_course import figures, workbench
 
 pytestmark = pytest.mark.filterwarnings("ignore:Matplotlib is currently using")
 
@@ -102,25 +102,6 @@ def test_trace_lists_what_ran():
     assert [(s.name, s.kind) for s in figures.trace(model, torch.zeros(1, 1, 8, 8))] == [("0", "Conv2d"), ("1", "Sequential")]
     assert [s.name for s in figures.trace(model, torch.zeros(1, 1, 8, 8), depth=2)] == ["0", "1.0", "1.1"]
     assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_digits():
-    images, labels = data.digits()
-    held_out, _ = data.digits("test")
-    assert images.shape == (9000, 1, 28, 28) and held_out.shape == (1000, 1, 28, 28) and labels.shape == (9000,)
-    assert (images.min(), images.max()) == (-1, 1)
-    everything = torch.cat([images, held_out]).flatten(1)
-    assert len(torch.unique(everything, dim=0)) == 10_000  # no duplicate, so none of the test digits was trained on
-    with pytest.raises(ValueError, match="split='validation'.*'train'"):
-        data.digits("validation")
-
-
-def test_damaged_file_is_refused(monkeypatch):
-    monkeypatch.setitem(data.checksums(), "digits.npz", "0" * 64)
-    with pytest.raises(ValueError, match="digits.npz is damaged"):
-        data.read_asset("digits.npz")
-    with pytest.raises(ValueError, match="not a shipped file"):
-        data.read_asset("secrets.npz")
 
 
 class Scaled(nn.Linear):

@@ -25,7 +25,7 @@ CHAPTER_MODULES = [m for m in MODULES if "exercises" not in m]
 LONGEST_CELL = 40  # lines of code
 LONG_CELLS = {"ResBlock", "ResnetBlock", "SpatialTransformer", "Model", "UNetModel", "UNetND", "Schedule", "Trainer"}  # classes that grew in view and are then shown whole
 ASIDE = re.compile(r"^#\| *(hide|code-fold|export exercises)", re.M)  # cells that the page does not show open
-HEAVY = ("accelerate", "matplotlib", "IPython", "diffusers", "transformers", "nbdev", "fastcore")
+HEAVY = ("accelerate", "matplotlib", "IPython", "diffusers", "transformers", "nbdev", "fastcore", "typer", "PIL")
 
 
 @cache

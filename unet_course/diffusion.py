@@ -256,6 +256,8 @@ def posterior(
         raise ValueError(f"s={s} must be an earlier step than t={t}")
     alpha_t, sigma_t = schedule.alphas[t].item(), schedule.sigmas[t].item()
     alpha_s, sigma_s = (1.0, 0.0) if s is None else (schedule.alphas[s].item(), schedule.sigmas[s].item())
+    if not (sigma_t and alpha_s):
+        raise ValueError(f"t={t} must hold noise and s={s} a picture; their sigma and alpha are {sigma_t} and {alpha_s}")
     keep = alpha_t / alpha_s                  # what is kept of x_s on the way to t
     fresh = sigma_t**2 - (keep * sigma_s)**2  # variance of the noise that is added on the way
     mean = (keep * sigma_s**2 * x_t + alpha_s * fresh * x0) / sigma_t**2
@@ -335,7 +337,10 @@ def loss_weight(
     snr: Float[Tensor, "*batch"],  # Signal-to-noise ratios, 0 and infinity included
     min_snr: float | int | None = 5.0,  # Above this ratio, every step's error of the picture counts the same; `None`: no weights
 ) -> Float[Tensor, "*batch"]:  # To be multiplied with the squared error of what is predicted
-    "Min-SNR weights, which count the picture's squared error min(snr, min_snr) times, whatever is predicted (Hang et al. 2023)."
+    """Min-SNR weights, which count the picture's squared error min(snr, min_snr) times, whatever is predicted (Hang et al. 2023).
+
+    For "v" the schedule is taken to preserve the variance, for "flow" to be a flow.
+    """
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction={prediction!r} is unknown; there are {list(PREDICTIONS)}")
     if min_snr is None:

@@ -36,7 +36,7 @@ def _angles(
 def timestep_embedding(
     timesteps: Real[Tensor, "batch"],  # One time per example, whole or fractional
     dim: int,  # Width of the embedding, 2 or more
-    max_period: int | float = 10000,  # The slowest hand takes about 2π · max_period timesteps for a turn
+    max_period: int | float = 10000,  # The slowest of h hands takes 2π · max_period^((h−1)/h) timesteps for a turn
     repeat_only: bool = False,  # Whether to repeat the raw time `dim` times instead
 ) -> Float[Tensor, "batch dim"]:  # `[cos, sin]` in float32; if `dim` is odd, a zero comes last
     "Sinusoidal embedding of the time, in the order of OpenAI's and Stable Diffusion's U-Nets."

@@ -470,7 +470,6 @@ class ConvTransposeNd(nn.Module):
         "What `print` shows."
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
 
-
 # %% ../nbs/02_convolution_and_resampling.ipynb #5ccd1635
 def conv_transpose_nd(
     dims: int,                                # 1 for sequences, 2 for pictures, 3 for volumes, or more

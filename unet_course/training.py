@@ -104,7 +104,7 @@ def epoch_order(
     seed: int,  # The same seed, the same orders
     epoch: int,  # Which time through the data
 ) -> Int[Tensor, "steps size"]:
-    "Which examples are in each batch of an epoch; the few that fill no batch are left out, others each time."
+    "Which examples are in each batch of an epoch; the few that fill no batch are left out, as a rule others each time."
     generator = Generator().manual_seed((1_000_003 * seed + epoch) % 2**32)
     return torch.randperm(number, generator=generator)[: number // size * size].view(-1, size)
 
@@ -324,11 +324,13 @@ def load_weights(
     path: str | Path,  # A checkpoint
     part: str = "ema",  # "ema" or "model"
 ) -> nn.Module:  # The same model
-    "Take a model's weights from a checkpoint of training: the averaged ones, or those of the last step."
+    "Take a model's weights from a checkpoint of training: the averaged ones, or those of the last step. Halved ones become whole again."
     if part not in ("ema", "model"):
         raise ValueError(f'part={part!r} is unknown; there are "ema" and "model"')
+    wanted = model.state_dict()
     found = part_of(load_checkpoint(path)[0], part)
-    check_fit(str(path), found, model.state_dict())
+    found = {name: t.to(wanted[name].dtype) if name in wanted and t.dtype == torch.float16 else t for name, t in found.items()}
+    check_fit(str(path), found, wanted)
     model.load_state_dict(found)
     return model
 

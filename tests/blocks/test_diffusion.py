@@ -530,6 +530,8 @@ def test_bad_steps_of_the_posterior():
     for t, s, told in ((5, 5, "s=5 must be an earlier step than t=5"), (5, 6, "s=6"), (1000, 3, "t=1000"), (5, -1, "t=-1"), (-1, None, "t=-1")):
         with pytest.raises(ValueError, match=told):
             posterior(schedule, x, x, t, s)
+    with pytest.raises(ValueError, match="t=0 must hold noise"):
+        posterior(Schedule([1.0, 0.5], [0.0, 0.5]), x, x, 0, None)
 
 
 @pytest.mark.bad_input

@@ -523,6 +523,14 @@ def test_load_weights(tmp_path):
         load_weights(net(), tmp_path / "last.safetensors", "optimizer")
 
 
+def test_load_weights_that_were_halved(tmp_path):
+    trainer = make(folder=tmp_path).fit(5)
+    ship(tmp_path / "last.safetensors", tmp_path / "small.safetensors")
+    other = load_weights(net(seed=8), tmp_path / "small.safetensors")
+    for a, b in zip(other.state_dict().values(), trainer.ema_model.state_dict().values()):
+        assert a.dtype == b.dtype and torch.equal(a, b.half().float() if b.is_floating_point() else b)
+
+
 def test_tracker(tmp_path):
     """What is recorded goes to Accelerate's trackers."""
     from accelerate.tracking import GeneralTracker

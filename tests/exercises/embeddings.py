@@ -85,6 +85,7 @@ WRONG = [
     (check_shift, (lambda rows, k: None,), "return"),
     (check_precision, (lambda t, dim, dtype: timestep_embedding(t, dim),), "but in float32"),
     (check_precision, (lambda t, dim, dtype: timestep_embedding(t, dim).half(),), "float16"),
+    (check_precision, (lambda t, dim, dtype: timestep_embedding(t, dim).bfloat16(),), "type from the argument"),
     (check_precision, (rounded_time,), "same row"),
     (check_precision, (rounded_angle,), "grows with the time"),
     (check_precision, (rounded_speed,), "grows with the time"),

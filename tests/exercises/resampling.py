@@ -49,6 +49,7 @@ WRONG = [  # checker, arguments, a part of the diagnosis it must give
     (check_thirds, (2, 0), "three input pixels wide"),
     (check_thirds, (-4, 0), "the direction is not"),
     (check_thirds, (1.5, 0), "the answer for halving"),
+    (check_thirds, (3, 0), "The first has moved"),
     (check_thirds, (4, 1), "which padding centres"),
     (check_thirds, (4, 2), "where would it have to start"),
     (check_thirds, (4, (0, 0)), "one whole number"),

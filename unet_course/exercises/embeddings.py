@@ -132,6 +132,8 @@ def check_precision(
         raise Wrong("Exact, but in float32: the layers that come next have bfloat16 weights and refuse it. Round the finished embedding to `dtype`.")
     if answer.dtype != dtype:
         raise Wrong(f"The result is {answer.dtype}; {dtype} was asked for.")
+    if embed(times[:4], 128, torch.float16).dtype != torch.float16:
+        raise Wrong("Asked for float16, it still gives bfloat16. Take the type from the argument.")
     if torch.allclose(answer.float(), exact.roll(64, dims=1), atol=0.01):
         raise Wrong("The numbers are right, but the sines come first. Keep the order: cosines, then sines.")
     if (answer[256:].diff(dim=0) == 0).all(dim=1).any():

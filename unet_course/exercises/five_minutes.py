@@ -20,7 +20,7 @@ def _asked_once(times) -> None:
         raise Wrong(f"You asked the network twice at each level: {_show(times)}. Call it once per step and keep the answer: g = guess(x, t).")
 
 
-@checker("The average, and it still misses by 0.75. A network that is shown nothing but noise is in exactly this position.")
+@checker("The average, and it still costs 0.75. A network that is shown nothing but noise is in exactly this position.")
 def check_best_guess(
     guess,  # The number to answer every time
     loss,  # Its mean squared error

@@ -54,7 +54,9 @@ def check_thirds(
         raise Wrong("That is the first level. The second moves the picture too.")
     if pixels == 2:
         raise Wrong("You count both levels alike. A pixel of the second level is three input pixels wide.")
-    if pixels in (1.5, 3, 0.5):
+    if pixels == 3:
+        raise Wrong("That is what the second level adds. The first has moved the picture already.")
+    if pixels in (1.5, 0.5):
         raise Wrong("That is the answer for halving. Draw the first window of a factor of three: its taps are at -1, 0, 1.")
     if pixels != 4:
         raise Wrong(f"Not {pixels}. Where is window i centred? What is the middle of the three positions onto which pixel i is put back?")
