@@ -1,7 +1,7 @@
 """Training speed on digits against diffusers and denoising-diffusion-pytorch: pictures per second and peak memory.
 
     pip install --no-deps -r benchmarks/requirements.txt
-    OMP_NUM_THREADS=1 python benchmarks/training.py                 # about ten minutes on one thread
+    OMP_NUM_THREADS=1 python benchmarks/training.py                 # about four minutes on one thread
     OMP_NUM_THREADS=1 python benchmarks/training.py --rounds 3      # a quick look
 
 Every contestant has 1.7 million parameters (ours and theirs within 2 %), batches of 64 digits, v-prediction on the cosine schedule, AdamW with the same

@@ -15,7 +15,7 @@ from .data import FolderDataset, digits, emoji, shapes
 from .ddpm_unet import Model
 from .diffusion import Schedule, cosine_betas, diffusion_loss, linear_betas, scaled_linear_betas, zero_terminal_snr
 from .embeddings import TimestepEmbedding, get_timestep_embedding, timestep_embedding
-from .evaluation import frechet_distance, kernel_distance, precision_recall
+from .evaluation import digit_classifier, frechet_distance, judge, kernel_distance, nearest, precision_recall
 from .guidance import Guided, drop_labels
 from .resampling import (
     AsymmetricDownsample,

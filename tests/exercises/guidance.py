@@ -42,6 +42,11 @@ def interleaved(model, x, times, labels, null, scale):
     return right(*model(x, times, y=torch.cat([torch.full_like(labels, null), labels])).chunk(2), scale)
 
 
+def halved_channels(model, x, times, labels, null, scale):
+    uncond, cond = both(model, x, times, labels, null).chunk(2, 1)
+    return right(uncond, cond, scale)
+
+
 def hide(mask, write=False, null=lambda null: null):
     """Hide labels where the mask says."""
 
@@ -88,7 +93,7 @@ WRONG = [
     (check_numbers, (3, 100, 200), "Steps times pictures"),
     (check_numbers, (3, 320, 80), "but only once"),
     (check_numbers, (3, 320, 320), "one answer is enough"),
-    (check_numbers, (3, 320, 100), "the other fifteen"),
+    (check_numbers, (3, 320, 100), "outside of it apart"),
     (check_guide, (guide(right, label_first=True),), "changed places"),
     (check_guide, (guide(lambda u, c, s: c + s * (c - u)),), "paper's convention"),
     (check_guide, (guide(lambda u, c, s: u + s * c),), "difference"),
@@ -100,6 +105,8 @@ WRONG = [
     (check_guide, (not_split,), "two halves and combine"),
     (check_guide, (times_once,), "3 times and 6 labels"),
     (check_guide, (interleaved,), "wrong for several"),
+    (check_guide, (lambda model, x, times, labels, null, scale: guide(right)(model, x, times, labels, 10, scale),), "whatever `null` is"),
+    (check_guide, (halved_channels,), "along the batch"),
     (check_guide, (lambda *_: None,), "nothing back"),
     (check_hide, (hide(inverted),), "kept or hidden"),
     (check_hide, (hide(inverted, write=True),), "one bug of two"),
@@ -108,7 +115,8 @@ WRONG = [
     (check_hide, (hide(lambda n, p, g: torch.rand(n) < p),), "given generator"),
     (check_hide, (hide(lambda n, p, g: torch.rand(n, generator=g) < 2 * p),), "20 % of 20,000"),
     (check_hide, (hide(lambda n, p, g: torch.rand(n, generator=g) < 0.1),), "with probability 0"),
-    (check_hide, (hide(proper, null=lambda null: null + 1),), "something else than null"),
+    (check_hide, (hide(proper, null=lambda null: null + 1),), "something else than `null`"),
+    (check_hide, (hide(proper, null=lambda null: 10),), "which is -1 here"),
     (check_hide, (lambda *_: None,), "nothing back"),
     (check_clipped, (clipped(lambda c, u, s, cut: cut(u) + s * (cut(c) - cut(u))),), "out of range again"),
     (check_clipped, (clipped(lambda c, u, s, cut: cut(cut(u) + s * (cut(c) - cut(u)))),), "Cut off once"),
@@ -116,12 +124,17 @@ WRONG = [
     (check_clipped, (clipped(lambda c, u, s, cut: cut(c + s * (u - c))),), "changed places"),
     (check_clipped, (clipped(lambda c, u, s, cut: cut(c + s * (c - u))),), "smaller by one"),
     (check_clipped, (clipped(lambda c, u, s, cut: cut(c)),), "the guess is not right"),
+    (check_clipped, (clipped(lambda c, u, s, cut: (u + s * (c - u)).clamp(-1, 1)),), "at ±1, whatever `limit` is"),
+    (check_clipped, (clipped(lambda c, u, s, cut: (u + s * (c - u)).clamp(max=0.6)),), "above, but not below"),
+    (check_clipped, (clipped(lambda c, u, s, cut: (u + s * (c - u)).clamp(min=-0.6)),), "below, but not above"),
+    (check_clipped, (lambda *given: lambda x, t: clipped()(*given)(x, t)[::-1],), "first the guess, then the noise"),
     (check_clipped, (clipped(noise="old"),), "before it was cut off"),
     (check_clipped, (clipped(noise="cond"),), "what remains of x"),
     (check_clipped, (lambda a, b, schedule, scale, limit: a(torch.zeros(3, 1, 6, 7), 5),), "give back a function"),
     (check_clipped, (lambda a, b, schedule, scale, limit: lambda x, t: a(x, t)[0],), "two tensors"),
     (check_line, (lambda f, a, s, b, g: f + g * (s - f),), "as the answer without label"),
     (check_line, (lambda f, a, s, b, g: s + (g - a) / (b - a) * (f - s),), "wrong way"),
+    (check_line, (lambda f, a, s, b, g: s + (g - a) / (b - a) * (s - f),), "start at the second"),
     (check_line, (lambda f, a, s, b, g: f + (g - a) * (s - f),), "divide by that step"),
     (check_line, (lambda f, a, s, b, g: (f + s) / 2,), "straight line"),
     (check_line, (lambda f, a, s, b, g: None,), "nothing back"),

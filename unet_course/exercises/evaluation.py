@@ -76,12 +76,14 @@ def check_distance(
     product, traces = cov_a @ cov_b, (cov_a.trace() + cov_b.trace()).item()
     roots = (traces + means - right) / 2
     mistakes = {
-        "That is still the number of the faulty one. `cov_a * cov_b` multiplies entry by entry, and the trace then sees the diagonals only: variances, "
+        "That is still the number of the faulty one. It knows how widely each feature varies, "
         "and nothing of how features go together.": traces + means - 2 * (cov_a * cov_b).diagonal().sqrt().sum().item(),
         "`@` is right, but `.sqrt()` takes the root of each entry. The root of a matrix M is a matrix whose product with itself is M; "
         "its trace is the sum of the roots of M's eigenvalues.": traces + means - 2 * product.sqrt().trace().item(),
         "You added up the eigenvalues themselves. Those of the root are their roots.": traces + means - 2 * product.trace().item(),
         "The root counts twice: 2 (cov_a cov_b)^½.": traces + means - roots,
+        "Your root's trace is a number already, and you took it from every entry of the matrix: the trace subtracts it once for each feature.":
+            traces + means - 2 * len(product) * roots,
         "The part of the covariances is right. The squared distance of the means is missing.": right - means,
         "The distance of the means counts squared.": right - means + means**0.5,
         "`eigvalsh` is for symmetric matrices, and reads only one half of what it is given. The product of two covariances is not symmetric: `eigvals`.":
@@ -97,7 +99,7 @@ def check_distance(
             raise Wrong(diagnosis)
     if math.isnan(answer):
         raise Wrong("You get nan: a root of something negative. Entries of a matrix may be negative; the eigenvalues of cov_a @ cov_b are not.")
-    raise Wrong(f"Not yet: on two test crowds your distance is {answer:.4f} and should be {right:.4f}; the means contribute {means:.4f} to it.")
+    raise Wrong(f"On two test crowds your distance is {answer:.4f} and should be {right:.4f}; the means contribute {means:.4f} to it.")
 
 # %% ../../nbs/12_evaluation.ipynb #e7ce986c
 @checker("Right. A single sample far away covers nothing here, however large a neighbourhood it would have of its own.")
@@ -133,12 +135,13 @@ def check_coverage(
                 among(real, fake, k, own=0).any(1).double().mean().item(),
             "You ask that all samples lie in the neighbourhood; one is enough.": inside.all(1).double().mean().item(),
             "That is the share of pairs; a real picture counts once, however many samples are near.": inside.double().mean().item(),
+            "You divide by the number of samples; the share is one of real pictures.": right * len(real) / len(fake),
             "You give back a number of pictures; a share is asked for, from 0 to 1.": right * len(real),
         }
         for diagnosis, wrong in mistakes.items():
             if math.isclose(answer, wrong, abs_tol=1e-6):
                 raise Wrong(diagnosis)
-        raise Wrong(f"Not yet: with k = {k} your coverage of the test points is {answer:.3f}; it should be {right:.3f}.")
+        raise Wrong(f"With k = {k} your coverage of the test points is {answer:.3f}; it should be {right:.3f}.")
 
 # %% ../../nbs/12_evaluation.ipynb #d708690a
 @checker("Right. On a paper's figure you can now do this with two points and a ruler.")
@@ -172,7 +175,7 @@ def check_extrapolated(
     for diagnosis, wrong in mistakes.items():
         if math.isclose(answer, wrong, rel_tol=1e-3):
             raise Wrong(diagnosis)
-    raise Wrong(f"Not yet: for the test points, which lie near 3 + 700/N, your answer is {answer:.3f}; the best line has {right:.3f} at 1/N = 0.")
+    raise Wrong(f"For the test points, which lie near 3 + 700/N, your answer is {answer:.3f}; the best line has {right:.3f} at 1/N = 0.")
 
 # %% ../../nbs/12_evaluation.ipynb #f50975a1
 @checker("All four. No single column tells them apart; together they do.")

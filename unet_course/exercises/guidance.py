@@ -34,7 +34,7 @@ def check_numbers(
     if fewer == 320:
         raise Wrong("fewer: outside of the interval one answer is enough.")
     if fewer != 200:
-        raise Wrong(f"fewer: not {fewer}. In five steps the network sees each of the eight pictures twice, in the other fifteen once.")
+        raise Wrong(f"fewer: not {fewer}. Count the steps in the interval and those outside of it apart.")
 
 # %% ../../nbs/13_guidance.ipynb #fb0aeb9d
 def _told(x, times, y):
@@ -55,17 +55,22 @@ def check_guide(
     "Guidance in one call."
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 1, 4, 5, dtype=torch.float64, generator=generator)
-    times, labels, null, scale, calls = torch.tensor([100, 500, 900]), torch.tensor([3, 1, 4]), 10, 2.5, []
+    times, labels, null, scale, calls = torch.tensor([100, 500, 900]), torch.tensor([3, 1, 4]), 7, 2.5, []
 
     def model(x, times, y):
         calls.append(len(x))
         return _told(x, times, y)
 
-    answer = guide(model, x, times, labels, null, scale)
+    try:
+        answer = guide(model, x, times, labels, null, scale)
+    except ValueError as error:
+        if "unpack" not in str(error):
+            raise
+        raise Wrong("What the model returned was not split into two. Halve it along the batch, its first axis.") from None
     if hasattr(answer, "shape") and len(answer) == 2 * len(x):
         raise Wrong("Your answer is for twice as many pictures as were given: split what the model returned into its two halves and combine them.")
     answer = expect_tensor(answer, tuple(x.shape))
-    cond, uncond = _told(x, times, labels), _told(x, times, torch.full_like(labels, null))
+    cond, uncond, ten = (_told(x, times, y) for y in (labels, torch.full_like(labels, null), torch.full_like(labels, 10)))
     if relative_error(answer, uncond + scale * (cond - uncond)) < 1e-6:
         if calls != [6]:
             raise Wrong(f"The answer is right, but the model was called {len(calls)} times, with {calls} pictures. One call with a batch of 6 will do.")
@@ -78,6 +83,7 @@ def check_guide(
         "That is the answer with label, without guidance.": cond,
         "That is the answer without label.": uncond,
         "You take the difference times the scale. It must be added to the answer without label.": scale * (cond - uncond),
+        f"You guide away from label 10, whatever `null` is. Here it is {null}.": ten + scale * (cond - ten),
     }
     for diagnosis, wrong in mistakes.items():
         if relative_error(answer, wrong) < 1e-6:
@@ -89,12 +95,12 @@ def check_guide(
     raise Wrong("That is not uncond + scale · (cond − uncond). Compare the two halves of what your call returns with two separate calls.")
 
 # %% ../../nbs/13_guidance.ipynb #9c6a66d1
-@checker("Both found. With the first a network hears nine labels in ten too few; with the second it hears less and less from epoch to epoch.")
+@checker("Both found. With the first a network hears one label in ten instead of nine; with the second it hears less and less from epoch to epoch.")
 def check_hide(
     hide,  # (labels, probability, null, generator) -> labels
 ):
     "A repaired `hide`."
-    labels, null = torch.arange(20_000) % 10, 10
+    labels, null = torch.arange(20_000) % 10, -1
     given, dice = labels.clone(), torch.Generator().manual_seed(0)
     before = dice.get_state()
     answer = expect_tensor(hide(given, 0.1, null, dice), (20_000,))
@@ -106,7 +112,7 @@ def check_hide(
     if share in (0, 1):
         raise Wrong(f"{'All' if share else 'None'} of 20,000 labels are hidden. Each example needs a random number of its own.")
     if not (answer[hidden] == null).all():
-        raise Wrong(f"Some labels were replaced by something else than null={null}.")
+        raise Wrong(f"Some labels were replaced by something else than `null`, which is {null} here.")
     if abs(share - 0.1) > 0.02:
         raise Wrong(f"{100 * share:.0f} % of 20,000 labels are hidden; 10 % were asked for.")
     if changed:
@@ -124,8 +130,8 @@ def check_clipped(
     clipped,  # (with_label, without, schedule, scale, limit) -> predict
 ):
     "Guidance of two `predict`s."
-    schedule, scale, limit = Schedule.cosine(), 3.0, 1.0
-    x = torch.randn(3, 1, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    schedule, scale, limit = Schedule.cosine(), 2.5, 0.6
+    x = 2 * torch.randn(3, 1, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with_label, without = (denoiser(_told, schedule, "v", y=torch.full((3,), y)) for y in (0, 1))
     predict = clipped(with_label, without, schedule, scale, limit)
     if not callable(predict):
@@ -141,10 +147,15 @@ def check_clipped(
         "You cut off both guesses first and guide then: the result is out of range again. Guide first.": first,
         "You cut off first, guide, and cut off again. What the first cut has removed, guidance cannot exaggerate. Cut off once, at the end.": cut(first),
         "The guess is guided, but not cut off.": guided,
+        "The guess is cut off above, but not below: it may be as low as −limit, no lower.": guided.clamp(max=limit),
+        "The guess is cut off below, but not above: it may be as high as limit, no higher.": guided.clamp(min=-limit),
+        f"You cut off at ±1, whatever `limit` is. Here it is {limit}.": guided.clamp(-1, 1),
         "The two have changed places: you guide away from the label.": cut(cond + scale * (uncond - cond)),
         "That is the paper's convention, in which the scale is smaller by one.": cut(cond + scale * (cond - uncond)),
     }
     if relative_error(x0, cut(guided)) > 1e-6:
+        if relative_error(noise, cut(guided)) < 1e-6:
+            raise Wrong("The two that you give back have changed places: first the guess, then the noise.")
         for diagnosis, wrong in mistakes.items():
             if relative_error(x0, wrong) < 1e-6:
                 raise Wrong(diagnosis)
@@ -177,6 +188,8 @@ def check_line(
                         "Here they are others. What share of the way from the first scale to the second must one go?")
         if relative_error(answer, guided(b) + (wanted - a) / (b - a) * (guided(a) - guided(b))) < 1e-6:
             raise Wrong(where + "you go the wrong way, from the second to the first, by a share that was counted from the first.")
+        if relative_error(answer, guided(b) + (wanted - a) / (b - a) * (guided(b) - guided(a))) < 1e-6:
+            raise Wrong(where + "you start at the second answer, but the share of the way was counted from the first.")
         if relative_error(answer, guided(a) + (wanted - a) * (guided(b) - guided(a))) < 1e-6:
             raise Wrong(where + "the difference of the two answers belongs to a step of more than one in scale. Divide by that step.")
         raise Wrong(where + "that is not it. The answer is a straight line in the scale: it changes by the same amount for each unit of it.")
