@@ -165,6 +165,7 @@ def attention(
         mask, causal = triangle if mask is None else mask & triangle, False
     if backend == "vanilla":
         return attention_weights(q, k, scale, mask) @ v
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the fast kernels want each vector in one piece
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
 # %% ../nbs/04_attention.ipynb #12cfce00
