@@ -119,9 +119,11 @@ def test_interrupted_training_goes_on_to_the_same_bits(tiny, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return loss(*args)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
     with monkeypatch.context() as patch:
         patch.setattr(training, "digits_loss", interrupted)
         result = call(f"{TRAIN} --seed 3 --out 'a b.safetensors'")
+    signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130 and "Stopped; 2 of 6 steps are kept." in result.stderr
     typed = result.stderr.splitlines()[-1].strip()
     assert typed == "unet-course train digits --folder run --steps 6 --seed 3 --out 'a b.safetensors'"

@@ -394,7 +394,7 @@ def forgeries(good, folder):
         "tensor too many": (remade(tensors | {"ema.9.weight": torch.zeros(1)}), "9.weight"),
         "wrong shape": (remade(tensors | {"model.0.weight": torch.zeros(16, 5)}), "(16, 5)"),
         "wrong shape of the average": (remade(tensors | {"ema.0.weight": torch.zeros(16, 5)}), "(16, 5)"),
-        "wrong type": (remade(tensors | {"model.0.weight": torch.zeros(16, 4).half()}), "float16"),
+        "wrong type": (remade(tensors | {"model.0.weight": torch.zeros(16, 4).double()}), "float64"),
         "wrong shape in the optimiser": (remade(tensors | {"optimizer.0.exp_avg": torch.zeros(3)}), "0.exp_avg"),
         "tensor missing in the optimiser": (remade(without("optimizer.0.exp_avg")), "0.exp_avg is here but not in the file"),
         "optimiser missing": (remade({k: v for k, v in tensors.items() if k[:9] != "optimizer"}), "0.exp_avg is here but not in the file"),
