@@ -38,7 +38,7 @@ SHAPE = (1, 28, 28)
 
 @cache
 def lucidrains() -> tuple[type, type, type]:
-    """The package's `Unet` and `GaussianDiffusion`, and the `EMA` it uses, also where torchvision and pytorch-fid are missing: they serve what is not used here."""
+    """The package's `Unet`, `GaussianDiffusion` and `EMA`, also where torchvision and pytorch-fid are missing: they serve what is not used here."""
     import accelerate  # noqa: F401  these look for torchvision themselves
     import diffusers  # noqa: F401
 
