@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .resampling import conv_nd, zero_module
 from .resblock import Normalize, normalization
+from .workbench import check_whole
 
 # %% ../nbs/04_attention.ipynb #af976e38
 def attention_weights(
@@ -172,8 +173,7 @@ def attention(
 def _check_counts(**counts: int) -> None:
     "Raise unless every argument is a positive whole number."
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+        check_whole(name, value)
 
 
 def _check_heads(channels: int, **heads: int) -> None:

@@ -33,22 +33,9 @@ from typer.core import TyperGroup
 from .data import checksums, digits, read_asset
 from .guidance import Guided
 from .sampling import ddim, ddpm, denoiser, dpm_solver, heun
-from unet_course.training import (
-    BUILDERS,
-    DIGITS_SCHEDULE,
-    NO_LABEL,
-    NotFinite,
-    Trainer,
-    digits_loss,
-    digits_unet,
-    load_checkpoint,
-    load_weights,
-    parse_checkpoint,
-    part_of,
-    pretrained,
-    ship,
-    train_digits,
-)
+from .training import BUILDERS, DIGITS_SCHEDULE, NO_LABEL, NotFinite, Trainer
+from .training import digits_loss, digits_unet, load_checkpoint, load_weights
+from .training import parse_checkpoint, part_of, pretrained, ship, train_digits
 from .workbench import best_device
 
 # %% ../nbs/92_command_line.ipynb #a5529221

@@ -31,6 +31,8 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from .workbench import check_whole
+
 # %% ../nbs/90_data.ipynb #90719d8f
 @cache
 def checksums() -> dict[str, str]:
@@ -59,16 +61,6 @@ def _check_choice(
     "Raise a `ValueError` that lists the choices."
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; there are {list(choices)}")
-
-
-def _check_whole(
-    name: str,  # Of the argument
-    value: object,  # What was given
-    least: int,  # What it must be at least
-) -> None:
-    "Raise a `ValueError` unless the value is a whole number that is large enough."
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
 def _percent(
@@ -218,7 +210,7 @@ def draw_shapes(
     generator: Generator | None = None,  # Where the randomness comes from
 ) -> Float[Tensor, "number 3 size size"]:
     "A drawing for each caption, in [-1, 1], on grey."
-    _check_whole("size", size, 16)
+    check_whole("size", size, 16)
     chances = torch.rand(len(captions), 7, generator=generator).tolist()
     placed = [(i, *thing) for i, (caption, chance) in enumerate(zip(captions, chances)) for thing in _place(parse_scene(caption), chance)]
     images = torch.zeros(len(captions), 3, size, size)
@@ -275,8 +267,8 @@ def shapes(
     seed: int = 0,  # Another one, other pictures
 ) -> tuple[Float[Tensor, "number 3 size size"], list[str]]:
     "Drawings in [-1, 1] on grey, and their captions."
-    _check_whole("number", number, 1)
-    _check_whole("seed", seed, 0)
+    check_whole("number", number, 1)
+    check_whole("seed", seed, 0)
     generator, captions = Generator().manual_seed(seed), shape_captions(things, position, split)
     chosen = [captions[i] for i in torch.randint(len(captions), (number,), generator=generator).tolist()]
     return draw_shapes(chosen, size, generator), chosen
@@ -507,7 +499,7 @@ def signals(
 ) -> tuple[Float[Tensor, "number 1 length"], Int[Tensor, "number"]]:
     "Curves in [-1, 1], and which of `SIGNALS` each one is."
     for name, value, least in (("number", number, 1), ("length", length, 8), ("seed", seed, 0)):
-        _check_whole(name, value, least)
+        check_whole(name, value, least)
     if not 0 <= noise < 1:
         raise ValueError(f"noise={noise!r} must be at least 0 and less than 1")
     generator = Generator().manual_seed(seed)
@@ -544,7 +536,7 @@ def volumes(
 ) -> tuple[Float[Tensor, "number 1 size size size"], Int[Tensor, "number"]]:
     "Solids in [-1, 1], and which of `VOLUMES` each one is."
     for name, value, least in (("number", number, 1), ("size", size, 8), ("seed", seed, 0)):
-        _check_whole(name, value, least)
+        check_whole(name, value, least)
     generator = Generator().manual_seed(seed)
     labels = torch.randint(len(VOLUMES), (number,), generator=generator)
     chance, shift = torch.rand(number, 16, generator=generator), 0.3 * torch.rand(number, 1, 3, generator=generator) - 0.15
@@ -663,7 +655,7 @@ class FolderDataset(Dataset):
         _check_choice("channels", channels, (1, 3))
         self.size = (size, size) if isinstance(size, int) else size if size is None else tuple(size)
         for side in self.size or ():
-            _check_whole("size", side, 1)
+            check_whole("size", side, 1)
         self.channels = channels
         self.paths = _find(self.root)
         self.captions = _captions_of(self.root, self.paths, captions)
@@ -740,11 +732,11 @@ def hub(
     **options: object,  # Go on to `datasets.load_dataset`
 ) -> tuple[Float[Tensor, "number channels height width"], list[str] | None]:
     "Pictures of a data set on the Hugging Face Hub, in [-1, 1]; and their captions, or `None`."
-    _check_whole("number", number, 1)
+    check_whole("number", number, 1)
     _check_choice("channels", channels, (1, 3))
     shape = (size, size) if isinstance(size, int) else tuple(size)
     for side in shape:
-        _check_whole("size", side, 1)
+        check_whole("size", side, 1)
     instead = "The course never needs it: digits(), emoji() and shapes() come with the package, and folder(path) reads pictures of yours."
     try:
         from datasets import load_dataset

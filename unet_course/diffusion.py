@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Integer, Real
 from torch import Tensor
 
+from .workbench import check_whole
+
 # %% ../nbs/09_noise_schedules.ipynb #8ad176f1
 def _check_ramp(steps: int, **betas: float | int) -> None:
     "Refuse what is no number of steps, and shares of noise outside (0, 1]."
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r} must be a whole number of at least 1")
+    check_whole("steps", steps)
     for name, value in betas.items():
         if not 0 < value <= 1:
             raise ValueError(f"{name}={value!r} must lie between 0 and 1: it is the variance of the noise that one step adds")

@@ -224,12 +224,12 @@ def glue(
     name: str,  # By which the text picks it up
     value: object,  # A number or a string
 ) -> None:
-    "Keep a value for the text of the page; does nothing where the book's tools are not installed."
+    "Keep a value for the text of the page, with a minus where a number has a hyphen; does nothing where the book's tools are not installed."
     try:
         from myst_nb import glue as keep
     except ImportError:
         return
-    keep(name, value, display=False)
+    keep(name, re.sub(r"(?<!\w)-(?=[\d.])", "−", value) if isinstance(value, str) else value, display=False)
 
 # %% ../nbs/91_figures.ipynb #c1841f5c
 @dataclass(frozen=True)

@@ -16,18 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .workbench import check_whole
+
 # %% ../nbs/02_convolution_and_resampling.ipynb #638e6bcc
-def _count(
-    name: str,  # The argument's name, for the message
-    value: object,
-    least: int = 1,
-) -> int:  # The value, if it is a whole number that is large enough
-    "Check an argument that counts something."
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-    return value
-
-
 def _per_axis(
     name: str,  # The argument's name, for the message
     value: object,  # One number for all axes, or one for each
@@ -46,7 +37,7 @@ def _per_axis(
 def _conv_arguments(dims, in_channels, out_channels, groups, kernel_size, stride, padding, dilation) -> list[tuple[int, ...]]:
     "Check what both kinds of convolution take; the last four with one entry for each axis."
     for name, value in dict(dims=dims, in_channels=in_channels, out_channels=out_channels, groups=groups).items():
-        _count(name, value)
+        check_whole(name, value)
     if in_channels % groups or out_channels % groups:
         raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
     named = ("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
@@ -81,7 +72,7 @@ def _output_padding(value, dims, stride, dilation) -> tuple[int, ...]:
 
 def _pool_arguments(dims, kernel_size, stride, padding) -> list[tuple[int, ...]]:
     "Check what both kinds of pooling take; one entry for each axis."
-    _count("dims", dims)
+    check_whole("dims", dims)
     kernel = _per_axis("kernel_size", kernel_size, dims)
     pad = _per_axis("padding", padding, dims, least=0)
     if any(2 * p > k for p, k in zip(pad, kernel)):
@@ -298,9 +289,9 @@ class Downsample(nn.Module):
         factor: int | Sequence[int] = 2,  # By how much each axis shrinks: one number, or one for each axis
     ):
         super().__init__()
-        self.channels, self.dims, self.use_conv = _count("channels", channels), _count("dims", dims), use_conv
-        self.out_channels = channels if out_channels is None else _count("out_channels", out_channels)
-        self.padding, self.factor = _count("padding", padding, least=0), _per_axis("factor", factor, dims)
+        self.channels, self.dims, self.use_conv = check_whole("channels", channels), check_whole("dims", dims), use_conv
+        self.out_channels = channels if out_channels is None else check_whole("out_channels", out_channels)
+        self.padding, self.factor = check_whole("padding", padding, least=0), _per_axis("factor", factor, dims)
         if use_conv and max(self.factor) > 3:
             raise ValueError(f"factor={factor!r} skips positions: the convolution's kernel has 3 taps; use at most 3, or use_conv=False")
         if not use_conv and (self.out_channels != channels or padding != 1):
@@ -329,7 +320,7 @@ class AsymmetricDownsample(nn.Module):
         dims: int = 2,           # How many axes the data has
     ):
         super().__init__()
-        self.channels, self.dims, self.with_conv = _count("channels", channels), _count("dims", dims), with_conv
+        self.channels, self.dims, self.with_conv = check_whole("channels", channels), check_whole("dims", dims), with_conv
         self.conv = conv_nd(dims, channels, channels, 3, stride=2) if with_conv else None
 
     def forward(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *small"]:
@@ -369,9 +360,9 @@ class Upsample(nn.Module):
         factor: int | Sequence[int] = 2,  # By how much each axis grows: one number, or one for each axis
     ):
         super().__init__()
-        self.channels, self.dims, self.use_conv = _count("channels", channels), _count("dims", dims), use_conv
-        self.out_channels = channels if out_channels is None else _count("out_channels", out_channels)
-        self.padding, self.factor = _count("padding", padding, least=0), _per_axis("factor", factor, dims)
+        self.channels, self.dims, self.use_conv = check_whole("channels", channels), check_whole("dims", dims), use_conv
+        self.out_channels = channels if out_channels is None else check_whole("out_channels", out_channels)
+        self.padding, self.factor = check_whole("padding", padding, least=0), _per_axis("factor", factor, dims)
         if not use_conv and (self.out_channels != channels or padding != 1):
             raise ValueError(f"out_channels={out_channels} and padding={padding} need use_conv=True; repeating keeps the {channels} channels")
         self.conv = conv_nd(dims, channels, self.out_channels, 3, padding=padding) if use_conv else None

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .resampling import Downsample, Upsample, conv_nd, zero_module
+from .workbench import check_whole
 
 # %% ../nbs/03_residual_blocks.ipynb #db7f420e
 def _check_groups(num_groups: int, num_channels: int) -> None:
     "Raise unless the channels can be split into equal groups."
     for name, value in (("num_groups", num_groups), ("num_channels", num_channels)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        check_whole(name, value)
     if num_channels % num_groups:
         below = num_channels // num_groups * num_groups
         nearest = " and ".join(str(n) for n in (below, below + num_groups) if n)
@@ -189,8 +189,7 @@ class ResnetBlock(nn.Module):
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        if not isinstance(temb_channels, int) or temb_channels < 0:
-            raise ValueError(f"temb_channels={temb_channels!r} must be a whole number of at least 0")
+        check_whole("temb_channels", temb_channels, least=0)
         self.in_channels, self.out_channels, self.temb_channels, self.dims = in_channels, out_channels, temb_channels, dims
         self.use_conv_shortcut = conv_shortcut
 

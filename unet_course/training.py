@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from .data import digits, read_asset
 from .diffusion import Schedule, diffusion_loss
 from .unet import UNetModel
+from .workbench import check_whole
 
 # %% ../nbs/10_training.ipynb #6f166c42
 class Folded(nn.Module):
@@ -369,8 +370,8 @@ class Trainer:
         if log_with is not None and folder is None:
             raise ValueError(f"log_with={log_with!r} needs a folder to write into")
         for name, value, least in (("warmup", warmup, 0), ("decay", decay, 1), ("every", every, 1), ("accumulate", accumulate, 1)):
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+            if value is not None:
+                check_whole(name, value, least)
         for name, value in (("learning_rate", learning_rate), ("clip_gradients", clip_gradients)):
             if not value > 0:
                 raise ValueError(f"{name}={value!r} must be positive")

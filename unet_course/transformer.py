@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from .attention import CrossAttention, attention_weights
 from .resampling import conv_nd, zero_module
 from .resblock import Normalize
+from .workbench import check_whole
 
 # %% ../nbs/05_spatial_transformer.ipynb #cd17be15
 def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -29,8 +30,7 @@ def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def _check_sizes(**sizes: int) -> None:
     "Raise unless all are positive whole numbers."
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name}={size!r} must be a positive whole number")
+        check_whole(name, size)
 
 
 class GEGLU(nn.Module):

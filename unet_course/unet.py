@@ -16,11 +16,12 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from .attention import AttentionBlock, make_attention
-from .ddpm_unet import Description, Level, attention_levels, check_groups, check_map, check_whole, per_example
+from .ddpm_unet import Description, Level, attention_levels, check_groups, check_map, per_example
 from .embeddings import TimestepEmbedding, timestep_embedding
 from .resampling import Downsample, Upsample, conv_nd, zero_module
 from .resblock import ResBlock, normalization
 from .transformer import SpatialTransformer
+from .workbench import check_whole
 
 # %% ../nbs/07_unet.ipynb #fd219d23
 class TimestepEmbedSequential(nn.Sequential):

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import ATTENTION, make_attention
-from .ddpm_unet import Description, Level, check_map, check_whole, per_example
+from .ddpm_unet import Description, Level, check_map, per_example
 from .embeddings import TimestepEmbedding, timestep_embedding
 from .resampling import Downsample, Upsample, conv_nd, conv_transpose_nd, max_pool_nd
 from .resblock import GroupNorm32, ResBlock
 from .unet import TimestepEmbedSequential
+from .workbench import check_whole
 
 # %% ../nbs/08_unet_nd.ipynb #f8f55c21
 _Option = TypeVar("_Option")

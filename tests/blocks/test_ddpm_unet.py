@@ -14,8 +14,8 @@ from probing import assert_reaches_everything, mostly_valid
 from torch import nn
 
 from unet_course.attention import ATTENTION, register_attention
-from unet_course.ddpm_unet import Level, Model, attention_levels, check_groups, check_map, check_whole, per_example
-from unet_course.workbench import compare, count_parameters, randomize, relative_error
+from unet_course.ddpm_unet import Level, Model, attention_levels, check_groups, check_map, per_example
+from unet_course.workbench import check_whole, compare, count_parameters, randomize, relative_error
 
 SMALL = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), resolution=16)
 ARGUMENTS = list(inspect.signature(Model).parameters)
@@ -318,7 +318,7 @@ class TestErrors:
 
     def test_helpers(self):
         assert check_whole("n", 3) == 3 and attention_levels("a", {8}, [16, 8]) == [False, True]
-        with pytest.raises(ValueError, match="n=1 must be a whole number, 2 or more"):
+        with pytest.raises(ValueError, match="n=1 must be a whole number of at least 2"):
             check_whole("n", 1, least=2)
         with pytest.raises(ValueError, match="width gives a level of 16 channels.*: 32$"):
             check_groups("width", [32, 16])

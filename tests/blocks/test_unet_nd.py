@@ -401,7 +401,7 @@ class TestArguments:
 
 
 WRONG = [
-    (dict(dims=0), "dims=0 must be a whole number, 1 or more"),
+    (dict(dims=0), "dims=0 must be a whole number of at least 1"),
     (dict(dims=2.0), "dims=2.0"),
     (dict(in_channels=0), "in_channels=0"),
     (dict(out_channels=True), "out_channels=True"),
