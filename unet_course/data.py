@@ -575,6 +575,14 @@ def _picture(
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
+def _sides(size: object) -> tuple[int, int]:
+    "Height and width, from one side or from both."
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"size={size!r} must be a side, or height and width")
+    return check_whole("size", sides[0]), check_whole("size", sides[1])
+
+
 def _read(path: Path, size: tuple[int, int] | None, channels: int) -> Tensor:
     "A file as a tensor, or an error that names the file."
     from PIL import Image
@@ -594,6 +602,14 @@ def _named(items: Sequence[object]) -> str:
     return ", ".join(map(str, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
+def _text(path: Path) -> str:
+    "What a text file says."
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8; save it as that ({error})") from error
+
+
 def _caption_file(
     path: Path,  # .jsonl or .csv
 ) -> dict[str, str]:  # By the name of the picture's file
@@ -601,6 +617,8 @@ def _caption_file(
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8; save it as that ({error})") from error
         except ValueError as error:
             raise ValueError(f"{path} holds a line that is not JSON: {error}") from error
     captions = {}
@@ -627,7 +645,7 @@ def _captions_of(
     if source == "folder":
         return [path.parent.name for path in paths]
     if source == "txt":
-        found = {path: path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() for path in paths if path.with_suffix(".txt").is_file()}
+        found = {path: _text(path.with_suffix(".txt")) for path in paths if path.with_suffix(".txt").is_file()}
     elif Path(source).is_file() and Path(source).suffix in (".jsonl", ".csv"):
         found = {Path(source).parent / name: caption for name, caption in _caption_file(Path(source)).items()}
         if absent := [path for path in found if not path.is_file()]:
@@ -653,16 +671,14 @@ class FolderDataset(Dataset):
         if not self.root.is_dir():
             raise ValueError(f"path={str(path)!r} is not a folder")
         _check_choice("channels", channels, (1, 3))
-        self.size = (size, size) if isinstance(size, int) else size if size is None else tuple(size)
-        for side in self.size or ():
-            check_whole("size", side, 1)
+        self.size = None if size is None else _sides(size)
         self.channels = channels
         self.paths = _find(self.root)
         self.captions = _captions_of(self.root, self.paths, captions)
         sides = _look(self.paths)
         if self.size is None and len(set(sides)) > 1:
             odd = next(i for i, side in enumerate(sides) if side != sides[0])
-            both = " and ".join(f"{self.paths[i].name} ({sides[i][0]} × {sides[i][1]})" for i in (0, odd))
+            both = " and ".join(f"{self.paths[i].name} ({sides[i][1]} × {sides[i][0]})" for i in (0, odd))
             raise ValueError(f"the pictures in {self.root} have different sizes, such as {both}; size=64 would bring them all to 64 × 64")
 
     def __len__(self) -> int:
@@ -734,9 +750,7 @@ def hub(
     "Pictures of a data set on the Hugging Face Hub, in [-1, 1]; and their captions, or `None`."
     check_whole("number", number, 1)
     _check_choice("channels", channels, (1, 3))
-    shape = (size, size) if isinstance(size, int) else tuple(size)
-    for side in shape:
-        check_whole("size", side, 1)
+    shape = _sides(size)
     instead = "The course never needs it: digits(), emoji() and shapes() come with the package, and folder(path) reads pictures of yours."
     try:
         from datasets import load_dataset

@@ -107,7 +107,7 @@ WRONG = [
     (check_streamed, (lambda *a: starting_at_zero(*a, divide=False),), "divide it by the first"),
     (check_streamed, (full_blocks_only,), "last block is shorter"),
     (check_streamed, (lambda q, k, v, block: whole(q, k[-block:], v[-block:], block),), "last block alone"),
-    (check_bring_back, (lambda h, space: h.reshape(len(h), -1, *space),), "an axis must move first"),
+    (check_bring_back, (lambda h, space: h.reshape(len(h), -1, *space),), "of all twenty"),
     (check_bring_back, (lambda h, space: h.permute(0, 3, 1, 2).reshape(len(h), -1, *space),), "[dim, head]"),
     (check_bring_back, (lambda h, space: h.permute(0, 2, 1, 3).reshape(len(h), -1, *space),), "wrong way round"),
     (check_bring_back, (lambda h, space: h.mT.reshape(len(h), -1, *space[::-1]).mT,), "height and width"),

@@ -36,6 +36,16 @@ def times_once(model, x, times, labels, null, scale):
     return model(torch.cat([x, x]), times, y=torch.cat([labels, labels]))
 
 
+def stacked(model, x, times, labels, null, scale):
+    uncond, cond = model(torch.stack([x, x]), torch.stack([times, times]), y=torch.stack([torch.full_like(labels, null), labels]))
+    return right(uncond, cond, scale)
+
+
+def null_as_it_is(model, x, times, labels, null, scale, of=lambda null: null):
+    """The number `null` where labels are joined."""
+    return right(*model(torch.cat([x, x]), torch.cat([times, times]), y=torch.cat([of(null), labels])).chunk(2), scale)
+
+
 def interleaved(model, x, times, labels, null, scale):
     """Pictures in the order 0 0 1 1 2 2, labels in the order of two halves."""
     x, times = x.repeat_interleave(2, 0), times.repeat_interleave(2, 0)
@@ -93,6 +103,8 @@ WRONG = [
     (check_numbers, (3, 100, 200), "Steps times pictures"),
     (check_numbers, (3, 320, 80), "but only once"),
     (check_numbers, (3, 320, 320), "one answer is enough"),
+    (check_numbers, (3, 320, 120), "15 steps outside"),
+    (check_numbers, (3, 320, 240), "three times"),
     (check_numbers, (3, 320, 100), "outside of it apart"),
     (check_guide, (guide(right, label_first=True),), "changed places"),
     (check_guide, (guide(lambda u, c, s: c + s * (c - u)),), "paper's convention"),
@@ -104,6 +116,9 @@ WRONG = [
     (check_guide, (two_calls,), "called 2 times"),
     (check_guide, (not_split,), "two halves and combine"),
     (check_guide, (times_once,), "3 times and 6 labels"),
+    (check_guide, (stacked,), "`torch.stack` adds an axis"),
+    (check_guide, (null_as_it_is,), "a label of its own"),
+    (check_guide, (lambda *given: null_as_it_is(*given, of=torch.tensor),), "a label of its own"),
     (check_guide, (interleaved,), "wrong for several"),
     (check_guide, (lambda model, x, times, labels, null, scale: guide(right)(model, x, times, labels, 10, scale),), "whatever `null` is"),
     (check_guide, (halved_channels,), "along the batch"),
@@ -136,6 +151,8 @@ WRONG = [
     (check_line, (lambda f, a, s, b, g: s + (g - a) / (b - a) * (f - s),), "wrong way"),
     (check_line, (lambda f, a, s, b, g: s + (g - a) / (b - a) * (s - f),), "start at the second"),
     (check_line, (lambda f, a, s, b, g: f + (g - a) * (s - f),), "divide by that step"),
+    (check_line, (lambda f, a, s, b, g: f + (g - a) / b * (s - f),), "divide by the second scale"),
+    (check_line, (lambda f, a, s, b, g: f * g / a if a else s * g / b,), "in proportion to its scale"),
     (check_line, (lambda f, a, s, b, g: (f + s) / 2,), "straight line"),
     (check_line, (lambda f, a, s, b, g: None,), "nothing back"),
 ]

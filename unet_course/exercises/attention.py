@@ -102,7 +102,7 @@ def check_bring_back(bring_back):
     x = expect_tensor(bring_back(h, (4, 5)), (2, 12, 4, 5))
     right = h.permute(0, 1, 3, 2).reshape(2, 12, 4, 5)
     if torch.equal(x, h.reshape(2, 12, 4, 5)):
-        raise Wrong("reshape only cuts the list of numbers anew; here the channels of a head come last, so neighbouring channels of one token become neighbouring positions. An axis must move first.")
+        raise Wrong("Numbers are in wrong places: channel 0 of your map holds all four channels of the first five tokens. It should hold channel 0 of all twenty.")
     if torch.equal(x, h.permute(0, 3, 1, 2).reshape(2, 12, 4, 5)):
         raise Wrong("The tokens are in place, but the channels are ordered [dim, head]. The block cut them as [head, dim].")
     if torch.equal(x, h.permute(0, 2, 1, 3).reshape(2, 12, 4, 5)):

@@ -5,6 +5,7 @@ __all__ = ['check_distances', 'check_distance', 'check_coverage', 'check_extrapo
 
 # %% ../../nbs/12_evaluation.ipynb #19135b5f
 import math
+from itertools import combinations
 
 import torch
 
@@ -31,6 +32,8 @@ def check_distances(
         raise Wrong("doubled: that is one feature's part. There are 64 of them.")
     if doubled in (192, 3):
         raise Wrong("doubled: that is the difference of the variances. In one dimension the formula has the squared difference of the standard deviations.")
+    if doubled == 128:
+        raise Wrong("doubled: you added up the factor 2. What counts is by how much the standard deviations differ, squared: 1 before, 2 afterwards.")
     if doubled == 576:
         raise Wrong("doubled: 4 is the variance. The formula asks for standard deviations: 1 before, 2 afterwards.")
     if doubled != 64:
@@ -75,11 +78,15 @@ def check_distance(
     (cov_a, cov_b), means = (x.T.cov() for x in (a, b)), (a.mean(0) - b.mean(0)).square().sum().item()
     product, traces = cov_a @ cov_b, (cov_a.trace() + cov_b.trace()).item()
     roots = (traces + means - right) / 2
+    (l_a, v_a), (l_b, v_b) = (torch.linalg.eigh(cov) for cov in (cov_a, cov_b))
+    apart = ((v_a * l_a.sqrt()) @ v_a.T) @ ((v_b * l_b.sqrt()) @ v_b.T)
     mistakes = {
         "That is still the number of the faulty one. It knows how widely each feature varies, "
         "and nothing of how features go together.": traces + means - 2 * (cov_a * cov_b).diagonal().sqrt().sum().item(),
         "`@` is right, but `.sqrt()` takes the root of each entry. The root of a matrix M is a matrix whose product with itself is M; "
         "its trace is the sum of the roots of M's eigenvalues.": traces + means - 2 * product.sqrt().trace().item(),
+        "You took the root of each covariance and multiplied these. The root of a product is another matrix, unless the order of the factors does not "
+        "matter. First multiply, then take the roots of the eigenvalues.": traces + means - 2 * apart.trace().item(),
         "You added up the eigenvalues themselves. Those of the root are their roots.": traces + means - 2 * product.trace().item(),
         "The root counts twice: 2 (cov_a cov_b)^½.": traces + means - roots,
         "Your root's trace is a number already, and you took it from every entry of the matrix: the trace subtracts it once for each feature.":
@@ -137,6 +144,9 @@ def check_coverage(
             "That is the share of pairs; a real picture counts once, however many samples are near.": inside.double().mean().item(),
             "You divide by the number of samples; the share is one of real pictures.": right * len(real) / len(fake),
             "You give back a number of pictures; a share is asked for, from 0 to 1.": right * len(real),
+            f"You use the third-nearest, whatever `k` is. Here it is {k}.": among(real, fake, 3).any(1).double().mean().item(),
+            "By your rule every real picture is covered. Did you measure how far a neighbourhood reaches among the samples? Then it always holds some. "
+            "It reaches to the k-th nearest *real* picture.": 1,
         }
         for diagnosis, wrong in mistakes.items():
             if math.isclose(answer, wrong, abs_tol=1e-6):
@@ -144,7 +154,7 @@ def check_coverage(
         raise Wrong(f"With k = {k} your coverage of the test points is {answer:.3f}; it should be {right:.3f}.")
 
 # %% ../../nbs/12_evaluation.ipynb #d708690a
-@checker("Right. On a paper's figure you can now do this with two points and a ruler.")
+@checker("Right. On a paper's figure a ruler does it: lay it along the points over 1/N, and read it off at 0.")
 def check_extrapolated(
     extrapolated,  # (numbers, distances) -> number
 ):
@@ -175,6 +185,10 @@ def check_extrapolated(
     for diagnosis, wrong in mistakes.items():
         if math.isclose(answer, wrong, rel_tol=1e-3):
             raise Wrong(diagnosis)
+    for pair in combinations(range(4), 2):
+        (x, z), (y, w) = (1 / numbers[list(pair)]).tolist(), distances[list(pair)].tolist()
+        if math.isclose(answer, y - (w - y) / (z - x) * x, rel_tol=1e-4):
+            raise Wrong(f"That is the line through two of the points, {pair[0] + 1} and {pair[1] + 1}. Each of them errs by chance; fit the line to all.")
     raise Wrong(f"For the test points, which lie near 3 + 700/N, your answer is {answer:.3f}; the best line has {right:.3f} at 1/N = 0.")
 
 # %% ../../nbs/12_evaluation.ipynb #f50975a1

@@ -33,12 +33,19 @@ def check_numbers(
         raise Wrong("fewer: outside of the interval the network is asked, too, but only once.")
     if fewer == 320:
         raise Wrong("fewer: outside of the interval one answer is enough.")
+    if fewer == 120:
+        raise Wrong("fewer: those are the 15 steps outside of the interval. In the other five the network is asked, too, and twice.")
+    if fewer == 240:
+        raise Wrong("fewer: you counted the steps in the interval three times: once among all 20, and twice more. There are two answers in each.")
     if fewer != 200:
         raise Wrong(f"fewer: not {fewer}. Count the steps in the interval and those outside of it apart.")
 
 # %% ../../nbs/13_guidance.ipynb #fb0aeb9d
 def _told(x, times, y):
     "What a network might answer: different for each picture, time and label."
+    if x.ndim != 4 or times.ndim != 1 or y.ndim != 1:
+        raise Wrong(f"The model was called with pictures of shape {tuple(x.shape)}, times of {tuple(times.shape)} and labels of {tuple(y.shape)}. It expects a "
+                    "longer batch, not one more axis or one fewer: `torch.cat` lengthens the first axis, `torch.stack` adds an axis.")
     lengths = {len(x), len(times), len(y)}
     if len(lengths) > 1:
         raise Wrong(f"The model was called with {len(x)} pictures, {len(times)} times and {len(y)} labels. Each picture needs one of each: "
@@ -67,6 +74,11 @@ def check_guide(
         if "unpack" not in str(error):
             raise
         raise Wrong("What the model returned was not split into two. Halve it along the batch, its first axis.") from None
+    except (TypeError, RuntimeError) as error:
+        if "expected Tensor as element" not in str(error) and "zero-dimensional tensor" not in str(error):
+            raise
+        raise Wrong("`null` is one number, and `torch.cat` joins tensors along an axis. Each picture needs a label of its own in both halves: "
+                    "`torch.full_like(labels, null)`.") from None
     if hasattr(answer, "shape") and len(answer) == 2 * len(x):
         raise Wrong("Your answer is for twice as many pictures as were given: split what the model returned into its two halves and combine them.")
     answer = expect_tensor(answer, tuple(x.shape))
@@ -192,4 +204,9 @@ def check_line(
             raise Wrong(where + "you start at the second answer, but the share of the way was counted from the first.")
         if relative_error(answer, guided(a) + (wanted - a) * (guided(b) - guided(a))) < 1e-6:
             raise Wrong(where + "the difference of the two answers belongs to a step of more than one in scale. Divide by that step.")
+        if relative_error(answer, guided(a) + (wanted - a) / b * (guided(b) - guided(a))) < 1e-6:
+            raise Wrong(where + "you divide by the second scale. The step from the first answer to the second is one of second minus first.")
+        if any(known and relative_error(answer, guided(known) * wanted / known) < 1e-6 for known in (a, b)):
+            raise Wrong(where + "you take one answer in proportion to its scale, as if the answer at scale 0 were 0. It is the one without label. "
+                        "A line that does not pass through 0 takes both answers.")
         raise Wrong(where + "that is not it. The answer is a straight line in the scale: it changes by the same amount for each unit of it.")

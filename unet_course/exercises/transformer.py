@@ -109,7 +109,7 @@ def check_block(
     with torch.no_grad():
         value = expect_tensor(forward(block, x.clone(), c), (2, 7, 16))
         mistakes = {
-            "Both mistakes are still there: the first line replaces the stream by its normalised copy, and nobody is given the context.": variant(
+            "Both mistakes are still there: another sentence changes nothing, and if all three parts gave zeros, the input would still not come out as it went in.": variant(
                 stream=True, raw="attn2", readers=()
             ),
             "The words are heard now, but the stream is still replaced by its normalised copy before the first branch is added.": variant(stream=True, raw="attn2"),
