@@ -23,9 +23,9 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in PACKAGE.rglob("[a-z]*.py"))
 CHAPTER_MODULES = [m for m in MODULES if "exercises" not in m]
 LONGEST_CELL = 40  # lines of code
-LONG_CELLS = {"ResBlock", "ResnetBlock", "SpatialTransformer", "Model", "UNetModel", "UNetND", "Schedule", "Trainer"}  # classes that grew in view and are then shown whole
+LONG_CELLS = {"ResBlock", "ResnetBlock", "SpatialTransformer", "Model", "UNetModel", "UNetND", "Schedule", "Trainer", "AutoencoderKL", "Tokenizer", "CLIPTextModel"}  # classes that grew in view and are then shown whole
 ASIDE = re.compile(r"^#\| *(hide|code-fold|export exercises)", re.M)  # cells that the page does not show open
-HEAVY = ("accelerate", "matplotlib", "IPython", "diffusers", "transformers", "nbdev", "fastcore", "typer", "PIL")
+HEAVY = ("accelerate", "matplotlib", "IPython", "diffusers", "transformers", "nbdev", "fastcore", "typer", "PIL", "tokenizers")
 
 
 @cache
@@ -120,9 +120,25 @@ def test_each_module_imports_alone():
 
 
 def test_package_imports_light():
-    """`import unet_course` and `dir` of it bring in nothing heavy beside torch."""
-    done = run(f"import sys, unet_course; dir(unet_course); print(*[m for m in {HEAVY} if m in sys.modules])")
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+    """`import unet_course` and `dir` of it wait for nothing, not even for torch; all its names together bring in nothing heavy beside torch."""
+    found = f"print(*[m for m in {HEAVY} if m in sys.modules])"
+    done = run(f"import sys, unet_course; dir(unet_course); print('torch' in sys.modules); from unet_course import *; {found}")
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["False"], "")
+
+
+def test_package_offers_what_its_stub_says():
+    """Each name of `__init__.pyi` is the thing of that name in the module that it is listed under; every module of the course is among them."""
+    listed = [(node.module, names) for node in ast.parse((PACKAGE / "__init__.pyi").read_text()).body if isinstance(node, ast.ImportFrom) for names in node.names]
+    assert all(name.asname == name.name for _, name in listed), "`as`: a name that others may import"
+    package = importlib.import_module("unet_course")
+    for module, name in listed:
+        home = f"unet_course.{module}" if module else "unet_course"
+        wanted = getattr(importlib.import_module(home), name.name) if module else importlib.import_module(f"{home}.{name.name}")
+        assert getattr(package, name.name) is wanted
+    assert {name.name for module, name in listed if not module} == {m.rpartition(".")[2] for m in CHAPTER_MODULES} - {"cli", "figures"}
+    assert set(package.__all__) == {name.name for _, name in listed}
+    with pytest.raises(AttributeError, match="attribute Unet"):
+        package.Unet
 
 
 def test_one_home():
