@@ -35,7 +35,7 @@ PREINSTALLED = {"torch", "numpy", "matplotlib", "ipywidgets"}  # on Colab; never
 
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 FENCE = re.compile(r"^(\s*)(`{3,}|~{3,}|:{3,})(?:\{([\w:.-]+)\})?(.*)$")
-ROLE = re.compile(r"\{([A-Za-z][\w:-]*)\}`([^`]+)`")
+ROLE = re.compile(r"\{([A-Za-z][\w:-]*)\}`([^`]+)`|(?<!`)(`+)(?!`).+?(?<!`)\3(?!`)", re.S)  # or code, in which braces mean nothing
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 EQUATION = re.compile(r"\$\$(.+?)\$\$(?:[ \t]*\(([\w:-]+)\))?", re.S)
 COLOURED = {"learned": "learned", "given": "data", "oftime": "time", "ofnoise": "noise"}  # macro: its key in COLORS
@@ -166,7 +166,7 @@ class Text:
         """Roles, equations, links and colours within a paragraph."""
         text = re.sub(r"^\([\w:-]+\)=\s*$", "", text, flags=re.M)
         text = EQUATION.sub(lambda m: self.equation(m[1], m[2]), text)
-        text = ROLE.sub(lambda m: self.role(m[1], m[2]), text)
+        text = ROLE.sub(lambda m: self.role(m[1], m[2]) if m[1] else m[0], text)
         text = LINK.sub(lambda m: self.link(m[1], m[2], m[3]), text)
         text = re.sub(r'(<img[^>]*\bsrc=")([^"]+)', lambda m: m[1] + self.address(m[2], picture=True), text)
         text = re.sub(r"(?<=[)\]`])\{[.#][^}`]*\}", "", text)
