@@ -104,6 +104,40 @@ def test_trace_lists_what_ran():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+BOXES = {
+    "x": (0, 0, "", "time"),
+    "conv": (1.5, 1, "3 × 3", "learned"),
+    "a step": (1.5, 2, "", "faint"),
+    "+": (0, 3, "", "faint"),
+    "out": (0, -1, "", "ink"),
+}
+
+
+def test_blocks_and_wires_lie_where_they_should():
+    """Every text is drawn inside the figure; wires end at the edge of what they lead to; colours and texts of wires are as asked for."""
+    wires = [("x", "conv"), ("conv", "a step"), ("a step", "+", 2.5, "a label"), ("+", "out", "data")]
+    fig = figures.draw_blocks(BOXES, wires, row=1.0)
+    (ax,) = fig.axes
+    assert sorted(t.get_text() for t in ax.texts if t.get_text()) == sorted(["x", "conv", "3 × 3", "a step", "+", "out", "a label"])
+    fig.canvas.draw()
+    page = fig.bbox
+    for text in (t for t in ax.texts if t.get_text()):
+        box = text.get_window_extent()
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, text.get_text()
+    heads = {t.xy for t in ax.texts if not t.get_text() and hasattr(t, "xy")}
+    frames = {name: figures._half_size(name, *BOXES[name][2:]) for name in BOXES}
+    assert heads == {(1.5 - frames["conv"][0], 1), (1.5, 2 - frames["a step"][1]), (0, 3 - frames["+"][1]), (0, -1 + frames["out"][1])}
+    assert [line.get_color() for line in ax.lines] == [figures.COLORS[c] for c in ("time", "faint", "faint", "data")]
+    assert "var(--figure-time" in figures.svg(fig, "blocks")
+
+
+def test_blocks_refuse_what_is_not_there():
+    with pytest.raises(ValueError, match="wires name .'z'."):
+        figures.draw_blocks(BOXES, [("x", "z")])
+    with pytest.raises(ValueError, match="colours .'red'."):
+        figures.draw_blocks({"x": (0, 0, "", "red")}, [])
+
+
 class Scaled(nn.Linear):
     """A linear layer that is off by a factor close to one in its backward pass or in its forward pass."""
 

@@ -209,6 +209,15 @@ def test_open_captions_match():
     assert len({str(s) for s in data.read_shapes(images)}) > 8  # sizes and places were left to chance
 
 
+def test_drawn_with_the_dice_of_any_device(monkeypatch):
+    """A generator on a GPU is asked there. (Where there is none, something has to stand in for it.)"""
+    plain, asked = torch.rand, []
+    monkeypatch.setattr(data.torch, "rand", lambda *shape, generator, device: asked.append(device) or plain(*shape))
+    dice = type("Dice", (), {"device": torch.device("cuda")})()
+    data.draw_shapes(["a red ring"], 32, dice)
+    assert asked == [torch.device("cuda")]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -460,6 +469,7 @@ def test_floating_point_pictures_are_refused(tmp_path):
         ({"size": (8, 2.5)}, "size=2.5"),
         ({"captions": "json"}, "captions='json' is neither"),
         ({"captions": "no.csv"}, "neither"),
+        ({"captions": 3}, "captions='3' is neither"),
     ],
 )
 @pytest.mark.bad_input
@@ -492,6 +502,22 @@ def test_captions_from_metadata(place, column):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader(), writer.writerows(rows)
     assert data.folder(place, 16)[1] == wanted
+
+
+@pytest.mark.parametrize("spelt", ["here", "in full", "roundabout"])
+def test_captions_of_a_path_spelt_otherwise(place, monkeypatch, spelt):
+    """The list may be named in another way than the folder."""
+    monkeypatch.chdir(place.parent)
+    (place / "mine.csv").write_text(f"file_name,text\nc.png,three\n../{place.name}/a.PNG,one\nb/z.png,two\n")
+    spellings = {"here": Path(place.name), "in full": place, "roundabout": Path(place.name) / "b" / ".."}
+    for folder in spellings.values():
+        assert data.folder(folder, 16, captions=spellings[spelt] / "mine.csv")[1] == ["one", "two", "three"]
+
+
+def test_captions_that_csv_refuses(place):
+    (place / "metadata.csv").write_text("file_name,text\nc.png," + 140_000 * "x")
+    with pytest.raises(ValueError, match="metadata.csv holds a line that is not CSV: field larger"):
+        data.folder(place, 16)
 
 
 @pytest.mark.parametrize(
@@ -585,7 +611,31 @@ def test_hub(monkeypatch):
         data.hub("missing")
 
 
+@pytest.mark.parametrize("caption", ["auto", "caption"])
+@pytest.mark.parametrize("odd", [None, ["Two men.", "Some men."], 0.5, {}])
+def test_hub_makes_up_no_captions(monkeypatch, caption, odd):
+    fake_datasets(monkeypatch, [{"image": picture(), "caption": "a man"}, {"image": picture(), "caption": odd}])
+    with pytest.raises(ValueError, match="caption='caption' holds .*, which is no text; take another column"):
+        data.hub("x", size=16, caption=caption)
+
+
+@pytest.mark.parametrize("odd", [None, Image.new("F", (8, 8))])
+def test_hub_names_the_row(monkeypatch, odd):
+    fake_datasets(monkeypatch, [{"image": picture()}, {"image": odd}])
+    with pytest.raises(ValueError, match="row 1 of x holds no picture that can be read in 'image'"):
+        data.hub("x", size=16)
+
+
 def test_hub_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install datasets.*never needs it"):
         data.hub("x")
+
+
+def test_read_image(place):
+    """A single file, as it is or in another size; nothing is guessed."""
+    assert data.read_image(place / "a.PNG").shape == (3, 64, 64) and data.read_image(str(place / "a.PNG"), 16, 1).shape == (1, 16, 16)
+    with pytest.raises(ValueError, match="channels=2"):
+        data.read_image(place / "a.PNG", 16, 2)
+    with pytest.raises(ValueError, match="notes.md cannot be read as a picture"):
+        data.read_image(place / "notes.md")

@@ -23,7 +23,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in PACKAGE.rglob("[a-z]*.py"))
 CHAPTER_MODULES = [m for m in MODULES if "exercises" not in m]
 LONGEST_CELL = 40  # lines of code
-LONG_CELLS = {"ResBlock", "ResnetBlock", "SpatialTransformer", "Model", "UNetModel", "UNetND", "Schedule", "Trainer", "AutoencoderKL", "Tokenizer", "CLIPTextModel"}  # classes that grew in view and are then shown whole
+LONG_CELLS = {"ResBlock", "ResnetBlock", "SpatialTransformer", "Model", "UNetModel", "UNetND", "Schedule", "Trainer", "AutoencoderKL", "Tokenizer", "CLIPTextModel", "TextToImage", "StableDiffusion"}  # classes that grew in view and are then shown whole
 ASIDE = re.compile(r"^#\| *(hide|code-fold|export exercises)", re.M)  # cells that the page does not show open
 HEAVY = ("accelerate", "matplotlib", "IPython", "diffusers", "transformers", "nbdev", "fastcore", "typer", "PIL", "tokenizers")
 

@@ -9,9 +9,14 @@ from . import (
     embeddings as embeddings,
     evaluation as evaluation,
     guidance as guidance,
+    latent_diffusion as latent_diffusion,
+    museum as museum,
     resampling as resampling,
     resblock as resblock,
     sampling as sampling,
+    scale as scale,
+    speed as speed,
+    stable_diffusion as stable_diffusion,
     training as training,
     transformer as transformer,
     unet as unet,
@@ -74,6 +79,15 @@ from .guidance import (
     Guided as Guided,
     drop_labels as drop_labels,
 )
+from .latent_diffusion import (
+    TextToImage as TextToImage,
+    evaluate_shapes as evaluate_shapes,
+    train_text_to_image as train_text_to_image,
+)
+from .museum import (
+    examine as examine,
+    inject as inject,
+)
 from .resampling import (
     AsymmetricDownsample as AsymmetricDownsample,
     ConvNd as ConvNd,
@@ -104,6 +118,33 @@ from .sampling import (
     img2img as img2img,
     inpaint as inpaint,
     sample as sample,
+)
+from .scale import (
+    Machine as Machine,
+    Numbered as Numbered,
+    Stream as Stream,
+    estimate as estimate,
+    launch as launch,
+    shard as shard,
+)
+from .speed import (
+    cached_text as cached_text,
+    machine_peaks as machine_peaks,
+    make_fast as make_fast,
+    measure_work as measure_work,
+    reuse_features as reuse_features,
+    time_in_turns as time_in_turns,
+    time_operations as time_operations,
+)
+from .stable_diffusion import (
+    SD1 as SD1,
+    SD2 as SD2,
+    SD2_BASE as SD2_BASE,
+    StableDiffusion as StableDiffusion,
+    load_stable_diffusion as load_stable_diffusion,
+    read_picture as read_picture,
+    save_stable_diffusion as save_stable_diffusion,
+    write_picture as write_picture,
 )
 from .training import (
     EMA as EMA,

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .resampling import conv_nd, zero_module
 from .resblock import Normalize, normalization
-from .workbench import check_whole
+from .workbench import check_probability, check_whole
 
 # %% ../nbs/04_attention.ipynb #af976e38
 def attention_weights(
@@ -159,7 +159,8 @@ def attention(
     _check_attention(q, k, v, backend, causal, mask, scale)
     if backend == "linear":
         return linear_attention(q, k, v)
-    if backend == "flash" or (backend == "auto" and not torch.compiler.is_compiling() and not flash_problem(q, v, mask)):
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # by a compiler, or by one who counts operations
+    if backend == "flash" or (backend == "auto" and not watched and not flash_problem(q, v, mask)):
         return flash_attention(q, k, v, causal, scale)
     if causal and (backend == "vanilla" or mask is not None):
         triangle = causal_mask(q.shape[2], q.device)[None, None]
@@ -169,7 +170,7 @@ def attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the fast kernels want each vector in one piece
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
-# %% ../nbs/04_attention.ipynb #12cfce00
+# %% ../nbs/04_attention.ipynb #9085b8d6
 def _check_counts(**counts: int) -> None:
     "Raise unless every argument is a positive whole number."
     for name, value in counts.items():
@@ -300,6 +301,7 @@ class LinearAttentionBlock(LinearAttention):
         *,
         normalize: Callable[[int], nn.Module] = Normalize,  # Channels → normalisation layer
     ):
+        _check_counts(in_channels=in_channels)
         if dim_head is None:
             _check_heads(in_channels, heads=heads)
             dim_head = in_channels // heads
@@ -332,7 +334,7 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(query_dim, heads * dim_head, bias=False)
         self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim), nn.Dropout(dropout))
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim), nn.Dropout(check_probability("dropout", dropout)))
 
     def forward(
         self,
@@ -360,11 +362,13 @@ def register_attention(
     name: str,  # What models call it in their attn_type
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     "Make a block known to `make_attention`: a class decorator."
+    if not isinstance(name, str):
+        raise ValueError(f"name={name!r} must be a text")
 
     def register(block: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        known = ATTENTION.get(name, block)
-        if (known.__module__, known.__qualname__) != (block.__module__, block.__qualname__):  # running a cell twice is fine
-            raise ValueError(f"name={name!r} is taken by {known.__qualname__}; choose another")
+        known, here = ((b.__module__, getattr(b, "__qualname__", repr(b))) for b in (ATTENTION.get(name, block), block))
+        if known != here:  # running a cell twice is fine
+            raise ValueError(f"name={name!r} is taken by {known[1]}; choose another")
         ATTENTION[name] = block
         return block
 
@@ -377,6 +381,6 @@ def make_attention(
     **kwargs,  # For the block, such as dims
 ) -> nn.Module:
     "An attention block for feature maps, by name."
-    if attn_type not in ATTENTION:
+    if attn_type not in list(ATTENTION):
         raise ValueError(f"attn_type={attn_type!r} is unknown; registered are {', '.join(ATTENTION)}")
     return ATTENTION[attn_type](in_channels, **kwargs)

@@ -29,7 +29,7 @@ from .resampling import Downsample, conv_nd
 from .resblock import Normalize, ResnetBlock
 from .training import Trainer, parse_checkpoint, part_of
 from .transformer import quick_gelu
-from .workbench import check_whole
+from .workbench import check_probability, check_whole
 
 # %% ../nbs/15_clip.ipynb #7a621f87
 @cache
@@ -49,7 +49,7 @@ def _splitter() -> tuple:
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     clean = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    words = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
+    words = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)  # drops the spaces
     return clean, pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
@@ -57,6 +57,8 @@ def split_words(
     text: str,  # Any
 ) -> list[str]:  # Each spelled in the letters of `byte_letters`
     "The words of a text: small letters, no spaces, every digit for itself."
+    if not isinstance(text, str):
+        raise ValueError(f"text={text!r} must be a string")
     clean, words = _splitter()
     return [word for word, _ in words.pre_tokenize_str(clean.normalize_str(text))]
 
@@ -90,8 +92,8 @@ def train_bpe(
 ) -> list[tuple[str, str]]:  # The pairs, in the order in which they were joined
     "Learn a vocabulary: join the most frequent pair of neighbours, and again (Sennrich et al. 2016)."
     check_whole("merges", merges, 0)
-    if isinstance(texts, str):
-        raise ValueError(f"texts must be several texts, such as [{texts[:20]!r}], not one")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts must be several texts, such as ['a cat'], not {texts!r:.20}")
     count = Counter(word for text in texts for word in split_words(text))
     words, learned = {word: spell(word) for word in count}, []
     while len(learned) < merges:
@@ -111,7 +113,7 @@ def apply_bpe(
     merges: Sequence[tuple[str, str]],  # From `train_bpe`
 ) -> tuple[str, ...]:
     "A word in as large pieces as the merges allow; of two possible merges, the one learned earlier comes first."
-    rank, symbols = {tuple(pair): i for i, pair in reversed(list(enumerate(merges)))}, spell(word)
+    rank, symbols = {tuple(pair): i for i, pair in reversed(list(enumerate(merges)))}, spell(word)  # of equal pairs the first counts
     while known := [pair for pair in pairwise(symbols) if pair in rank]:
         symbols = merge_pair(symbols, min(known, key=rank.get))
     return symbols
@@ -143,6 +145,7 @@ class Tokenizer:
             self.merges = read_merges("clip_merges.txt") if merges is None else tuple(map(tuple, merges))
             symbols = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, self.merges), START, END]
             self.vocabulary = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
+            # unk_token: as in OpenAI's file; no byte is unknown
             model = models.BPE(self.vocabulary, list(self.merges), unk_token=END, continuing_subword_prefix="", end_of_word_suffix="</w>")
         except Exception as error:  # the library's errors have no type of their own
             raise ValueError(f"merges must be pairs of letters or of what earlier merges have made: {error}") from error
@@ -254,7 +257,7 @@ class CLIPMLP(nn.Module):
         activation: str = "quick_gelu",  # One of `ACTIVATIONS`
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
+        if activation not in list(ACTIVATIONS):
             raise ValueError(f"activation={activation!r} is unknown; there are {list(ACTIVATIONS)}")
         self.activation = activation
         self.fc1, self.fc2 = nn.Linear(check_whole("width", width), check_whole("hidden", hidden)), nn.Linear(hidden, width)
@@ -350,6 +353,7 @@ class CLIPTextModel(nn.Module):
         tokens: Int[Tensor, "batch tokens"],  # From a `Tokenizer`
     ) -> Float[Tensor, "batch width"]:
         "One vector for each text: that of its first end token, which has seen all the others; that there is one is checked on the CPU only."
+        self._check(tokens, layer=-1)
         ends = tokens == self.end
         if tokens.device.type == "cpu" and not ends.any(1).all():
             raise ValueError(f"tokens has a row without the end token, {self.end}")
@@ -381,8 +385,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         if not isinstance(channels, Sequence) or not channels:
             raise ValueError(f"channels={channels!r} must hold a number for each level")
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-            raise ValueError(f"dropout={dropout!r} must be a probability, from 0 to 1")
+        dropout = check_probability("dropout", dropout)
         for count in channels:
             check_whole("channels", count)
         self.in_channels, self.width = check_whole("in_channels", in_channels), channels[-1]
@@ -395,9 +398,10 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch features"]:
         "A vector for each picture."
         least = 2 ** (len(self.layers) // 2 + 1)
-        if images.ndim != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < least:
-            raise ValueError(f"images must be (batch, {self.in_channels}, height, width), at least {least} pixels each way; got {tuple(images.shape)}")
-        return F.silu(self.norm(self.layers(self.stem(images)))).mean((2, 3))
+        if images.ndim != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < least or not images.is_floating_point():
+            raise ValueError(f"images must be (batch, {self.in_channels}, height, width), at least {least} pixels each way, of a float type; "
+                             f"got {images.dtype} {tuple(images.shape)}")
+        return F.silu(self.norm(self.layers(self.stem(images.to(self.stem.weight.dtype))))).mean((2, 3))
 
 # %% ../nbs/15_clip.ipynb #9faf2f72
 class CLIP(nn.Module):
@@ -440,6 +444,8 @@ def contrastive_loss(
     "Each picture must find its text among all of the batch, and each text its picture (Radford et al. 2021, figure 3)."
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise ValueError(f"the features must both be (batch, dim), got {tuple(image_features.shape)} and {tuple(text_features.shape)}")
+    if not isinstance(scale, Tensor) and (not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+        raise ValueError(f"scale={scale!r} must be a finite number")
     logits = scale * image_features @ text_features.T
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -516,7 +522,7 @@ def retrieval(
         different = len(set(captions))
         raise ValueError(f"{len(images)} images and {len(captions)} captions, {different} of them different: there must be as many, and {ways} different")
     tokens = (tokenizer or small_tokenizer())(list(captions), model.text.length)
-    pictures = torch.cat([model.encode_image(part) for part in images.split(128)])
+    pictures = torch.cat([model.encode_image(part.to(model.logit_scale.device)) for part in images.split(128)])
     similar = pictures @ model.encode_text(tokens.to(pictures.device)).T
     generator, found = Generator().manual_seed(seed), 0
     for i, row in enumerate(similar.cpu()):
@@ -552,8 +558,8 @@ def train_clip(
     callback: Callable[[Trainer], None] | None = None,  # Called every 100 steps
 ) -> Trainer:
     "The recipe of the shipped model. One command, resumable: call it again and it goes on."
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng([]):  # the weights are drawn on the CPU: no GPU needs to be asked
+        torch.default_generator.manual_seed(check_whole("seed", seed, 0))
         model = emoji_clip()
     loss, optimizer = partial(clip_loss, dtype=torch.bfloat16), partial(torch.optim.AdamW, weight_decay=0.05)
     trainer = Trainer(model, loss, clip_data("train"), validation=clip_data("pairs"), batch_size=128, optimizer=optimizer, learning_rate=1.5e-3, warmup=100,

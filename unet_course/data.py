@@ -7,7 +7,7 @@ __all__ = ['SHAPE_SIZES', 'SHAPE_COLORS', 'SHAPES', 'POSITIONS', 'RELATIONS', 'C
            'EMOJI_SPLITS', 'SIGNALS', 'VOLUMES', 'PICTURES', 'CAPTION_COLUMNS', 'checksums', 'read_asset', 'digits',
            'Thing', 'Scene', 'parse_scene', 'draw_shapes', 'shape_split', 'shape_captions', 'shapes', 'read_shapes',
            'shapes_match', 'shape_scores', 'Concept', 'emoji_concepts', 'emoji_split', 'emoji', 'signals', 'volumes',
-           'FolderDataset', 'folder', 'hub']
+           'read_image', 'FolderDataset', 'folder', 'hub']
 
 # %% ../nbs/90_data.ipynb #fed3ad5a
 import csv
@@ -83,8 +83,7 @@ def digits(
 ) -> tuple[Float[Tensor, "number 1 28 28"], Int[Tensor, "number"]]:
     "Handwritten digits in [-1, 1], and which digit each one shows."
     parts = {"train": slice(0, 9000), "test": slice(9000, None)}
-    if split not in parts:
-        raise ValueError(f"split={split!r} is unknown; there are {list(parts)}")
+    _check_choice("split", split, list(parts))
     images, labels = _digits()
     return images[parts[split]].clone(), labels[parts[split]].clone()
 
@@ -211,7 +210,7 @@ def draw_shapes(
 ) -> Float[Tensor, "number 3 size size"]:
     "A drawing for each caption, in [-1, 1], on grey."
     check_whole("size", size, 16)
-    chances = torch.rand(len(captions), 7, generator=generator).tolist()
+    chances = torch.rand(len(captions), 7, generator=generator, device="cpu" if generator is None else generator.device).tolist()
     placed = [(i, *thing) for i, (caption, chance) in enumerate(zip(captions, chances)) for thing in _place(parse_scene(caption), chance)]
     images = torch.zeros(len(captions), 3, size, size)
     for shape in SHAPES:
@@ -446,7 +445,7 @@ def emoji(
     "Emoji in [-1, 1] on white, and their captions."
     _check_choice("split", split, (*EMOJI_SPLITS, "all"))
     _check_choice("size", size, (64, 32, 16))
-    styles = (styles,) if isinstance(styles, str) else tuple(styles)
+    styles = (styles,) if isinstance(styles, str) or not isinstance(styles, Sequence) else tuple(styles)
     if not styles:
         raise ValueError(f"styles={styles!r} is empty; there are {EMOJI_STYLES}")
     images, captions = [], []
@@ -582,11 +581,17 @@ def _sides(size: object) -> tuple[int, int]:
         raise ValueError(f"size={size!r} must be a side, or height and width")
     return check_whole("size", sides[0]), check_whole("size", sides[1])
 
-
-def _read(path: Path, size: tuple[int, int] | None, channels: int) -> Tensor:
-    "A file as a tensor, or an error that names the file."
+# %% ../nbs/90_data.ipynb #498c0b24
+def read_image(
+    path: str | Path,  # Of the file
+    size: int | tuple[int, int] | None = None,  # Pixels: a side, or height and width; `None`: as it is
+    channels: int = 3,  # 3 for colour, 1 for grey
+) -> Float[Tensor, "channels height width"]:  # In [-1, 1]
+    "A picture from a file, or an error that names the file."
     from PIL import Image
 
+    _check_choice("channels", channels, (1, 3))
+    size = None if size is None else _sides(size)
     try:
         with Image.open(path) as image:
             return _picture(image, size, channels)
@@ -619,8 +624,8 @@ def _caption_file(
             rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not text in UTF-8; save it as that ({error})") from error
-        except ValueError as error:
-            raise ValueError(f"{path} holds a line that is not JSON: {error}") from error
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} holds a line that is not {path.suffix[1:].upper()}: {error}") from error
     captions = {}
     for number, row in enumerate(rows, 1):
         column = next((c for c in CAPTION_COLUMNS if isinstance(row, dict) and isinstance(row.get(c), str)), None)
@@ -645,16 +650,17 @@ def _captions_of(
     if source == "folder":
         return [path.parent.name for path in paths]
     if source == "txt":
-        found = {path: _text(path.with_suffix(".txt")) for path in paths if path.with_suffix(".txt").is_file()}
-    elif Path(source).is_file() and Path(source).suffix in (".jsonl", ".csv"):
-        found = {Path(source).parent / name: caption for name, caption in _caption_file(Path(source)).items()}
-        if absent := [path for path in found if not path.is_file()]:
+        found = {os.path.abspath(path): _text(path.with_suffix(".txt")) for path in paths if path.with_suffix(".txt").is_file()}
+    elif isinstance(source, (str, Path)) and Path(source).is_file() and Path(source).suffix in (".jsonl", ".csv"):
+        found = {os.path.abspath(Path(source).parent / name): caption for name, caption in _caption_file(Path(source)).items()}
+        if absent := [path for path in found if not os.path.isfile(path)]:
             raise ValueError(f"{source} names files that are not there: {_named(absent)}")
     else:
         raise ValueError(f'captions={str(source)!r} is neither "auto", "txt", "folder", None nor a .jsonl or .csv file that exists')
-    if missing := [path for path in paths if not found.get(path)]:
+    captions = [found.get(os.path.abspath(path)) for path in paths]
+    if missing := [path for path, caption in zip(paths, captions) if not caption]:
         raise ValueError(f"{len(missing)} of {len(paths)} pictures have no caption: {_named(missing)}. Add them, or use captions=None")
-    return [found[path] for path in paths]
+    return captions
 
 # %% ../nbs/90_data.ipynb #f51a42ba
 class FolderDataset(Dataset):
@@ -685,7 +691,7 @@ class FolderDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor | tuple[Tensor, str]:
-        image = _read(self.paths[index], self.size, self.channels)
+        image = read_image(self.paths[index], self.size, self.channels)
         return image if self.captions is None else (image, self.captions[index])
 
 # %% ../nbs/90_data.ipynb #fa8a0707
@@ -730,7 +736,7 @@ def folder(
     images, broken = [], []
     for file in data.paths:
         try:
-            images.append(_read(file, data.size, channels))
+            images.append(read_image(file, data.size, channels))
         except ValueError as error:
             broken.append(error)
     if broken:
@@ -764,10 +770,15 @@ def hub(
     pictures = [key for key, value in rows[0].items() if hasattr(value, "convert")] if rows else []
     if not pictures:
         raise ValueError(f"{name} has no column of pictures; its first row has {list(rows[0]) if rows else 'nothing'}")
-    images = torch.stack([_picture(row[pictures[0]], shape, channels) for row in rows])
-    return images, _hub_captions(data, rows, caption)
+    captions, images = _hub_captions(data, rows, caption), []
+    for i, row in enumerate(rows):
+        try:
+            images.append(_picture(row[pictures[0]], shape, channels))
+        except Exception as error:  # of many kinds; some data sets have rows without a picture
+            raise ValueError(f"row {i} of {name} holds no picture that can be read in {pictures[0]!r}: {error}") from error
+    return torch.stack(images), captions
 
-
+# %% ../nbs/90_data.ipynb #0b4aeb80
 def _hub_captions(data: object, rows: list[dict], caption: str | None) -> list[str] | None:
     "The captions in a column, by the names of the classes where it holds their numbers."
     if caption == "auto":
@@ -776,4 +787,8 @@ def _hub_captions(data: object, rows: list[dict], caption: str | None) -> list[s
         return None
     _check_choice("caption", caption, list(rows[0]))
     kind = (getattr(data, "features", None) or {}).get(caption)
-    return [kind.int2str(row[caption]) if hasattr(kind, "int2str") else str(row[caption]) for row in rows]
+    if hasattr(kind, "int2str"):
+        return [kind.int2str(row[caption]) for row in rows]
+    if odd := [row[caption] for row in rows if not isinstance(row[caption], (str, int))]:
+        raise ValueError(f"caption={caption!r} holds {odd[0]!r:.80}, which is no text; take another column, or caption=None")
+    return [str(row[caption]) for row in rows]

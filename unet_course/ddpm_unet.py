@@ -66,7 +66,7 @@ class Model(nn.Module):
 
     def __init__(
         self,
-        ch: int,  # Channels at the top, a multiple of 32
+        ch: int,  # Channels at the top: a multiple of 32, better 64 or more
         out_ch: int,  # Channels of the output
         ch_mult: Sequence[int] = (1, 2, 4, 8),  # Channels of each level, as multiples of `ch`
         num_res_blocks: int = 2,  # Residual blocks per level on the way down; one more on the way up

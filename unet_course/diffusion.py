@@ -21,7 +21,7 @@ def _check_ramp(steps: int, **betas: float | int) -> None:
     "Refuse what is no number of steps, and shares of noise outside (0, 1]."
     check_whole("steps", steps)
     for name, value in betas.items():
-        if not 0 < value <= 1:
+        if not isinstance(value, (int, float)) or not 0 < value <= 1:
             raise ValueError(f"{name}={value!r} must lie between 0 and 1: it is the variance of the noise that one step adds")
 
 # %% ../nbs/09_noise_schedules.ipynb #763d400d
@@ -59,7 +59,10 @@ def cosine_betas(
 def _table(name: str, values: Tensor | Sequence[float | int]) -> Tensor:
     "One number for each step, in float64, in memory of its own."
     values = values.detach().cpu() if isinstance(values, Tensor) else values
-    table = torch.as_tensor(values, dtype=torch.float64).clone()
+    try:
+        table = torch.as_tensor(values, dtype=torch.float64).clone()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a list with a number for each step; got {values!r:.80}") from error
     if table.ndim != 1 or not len(table):
         raise ValueError(f"{name} must be a list with a number for each step; got the shape {tuple(table.shape)}")
     if not (table.isfinite() & (table >= 0)).all():
@@ -155,6 +158,8 @@ class Schedule:
     ) -> tuple[Float[Tensor, "#batch ..."], Float[Tensor, "#batch ..."]]:  # Of shape (batch, 1, 1, …), or (1, 1, 1, …)
         "alpha and sigma of some steps, ready to be multiplied with pictures."
         _check_steps(t, len(self), len(like))
+        if not like.is_floating_point():
+            raise ValueError(f"like must hold floating-point numbers, as pictures in [-1, 1] do; got {like.dtype}")
         t = t.to(like.device, torch.int64) if isinstance(t, Tensor) else t
         alpha, sigma = (self._on(name, like.device, like.dtype)[t] for name in ("alphas", "sigmas"))
         shape = (-1,) + (1,) * (like.ndim - 1)
@@ -223,7 +228,7 @@ class Schedule:
     ) -> "Schedule":
         "The straight line from picture to noise, x_t = (1 − sigma) x_0 + sigma noise; the network is told 1000 sigma."
         _check_ramp(steps)
-        if not 0 < shift < math.inf:
+        if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
             raise ValueError(f"shift={shift!r} must be positive and finite")
         line = torch.arange(1, steps + 1, dtype=torch.float64) / steps
         sigmas = shift * line / (1 + (shift - 1) * line)
@@ -279,7 +284,7 @@ def _mixture(
         if isinstance(value, Tensor) and value.ndim not in (0, x.ndim):
             raise ValueError(f"{name} must have as many axes as the pictures, {x.ndim}; got the shape {tuple(value.shape)}: take it from schedule.at(t, x)")
     places = {"epsilon": (0.0, 1.0), "x0": (1.0, 0.0), "v": (-sigma, alpha), "flow": (-1.0, 1.0)}
-    if prediction not in places:
+    if prediction not in PREDICTIONS:
         raise ValueError(f"prediction={prediction!r} is unknown; there are {list(PREDICTIONS)}")
     return places[prediction]
 
@@ -346,7 +351,7 @@ def loss_weight(
         raise ValueError(f"prediction={prediction!r} is unknown; there are {list(PREDICTIONS)}")
     if min_snr is None:
         return torch.ones_like(snr)
-    if not 0 < min_snr < math.inf:
+    if not isinstance(min_snr, (int, float)) or not 0 < min_snr < math.inf:
         raise ValueError(f"min_snr={min_snr!r} must be positive and finite, or None for no weights")
     if prediction == "x0":
         return snr.clamp(max=min_snr)
@@ -374,8 +379,9 @@ def diffusion_loss(
         t = torch.randint(len(schedule), (len(x0),), generator=generator, device=device).to(x0.device)
     if noise is None:
         noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
+    x_t = schedule.add_noise(x0, noise, t)
     wanted = target(prediction, x0, noise, *schedule.at(t, x0))
-    answer = model(schedule.add_noise(x0, noise, t), schedule.time(t.to(x0.device)), **conditioning)
+    answer = model(x_t, schedule.time(t.to(x0.device)), **conditioning)
     if answer.shape != wanted.shape:
         raise ValueError(f"the model answers with the shape {tuple(answer.shape)} to pictures of the shape {tuple(wanted.shape)}")
     exact = torch.promote_types(wanted.dtype, torch.float32)

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
+from .workbench import check_whole
+
 # %% ../nbs/01_timestep_embeddings.ipynb #c975cfbe
 def _check(timesteps: Tensor, name: str, dim: int, least: int) -> None:
     "Refuse times that are not one per example, and widths that hold no sinusoid."
@@ -41,8 +43,8 @@ def timestep_embedding(
 ) -> Float[Tensor, "batch dim"]:  # `[cos, sin]` in float32; if `dim` is odd, a zero comes last
     "Sinusoidal embedding of the time, in the order of OpenAI's and Stable Diffusion's U-Nets."
     _check(timesteps, "dim", dim, least=2)
-    if not 0 < max_period < math.inf:
-        raise ValueError(f"max_period must be positive and finite, got {max_period}")
+    if not isinstance(max_period, (int, float)) or not 0 < max_period < math.inf:
+        raise ValueError(f"max_period must be positive and finite, got {max_period!r}")
     if repeat_only:
         return timesteps.float()[:, None].repeat(1, dim)
     angles = _angles(timesteps, dim // 2, dim // 2, max_period)
@@ -68,10 +70,8 @@ class TimestepEmbedding(nn.Sequential):
         in_channels: int,  # Width of the sinusoid
         time_embed_dim: int | None = None,  # Width of the result; 4 · in_channels if left out
     ):
-        time_embed_dim = 4 * in_channels if time_embed_dim is None else time_embed_dim
-        for name, value in (("in_channels", in_channels), ("time_embed_dim", time_embed_dim)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        check_whole("in_channels", in_channels)
+        time_embed_dim = 4 * in_channels if time_embed_dim is None else check_whole("time_embed_dim", time_embed_dim)
         super().__init__(nn.Linear(in_channels, time_embed_dim), nn.SiLU(), nn.Linear(time_embed_dim, time_embed_dim))
 
     def forward(

@@ -7,7 +7,7 @@ __all__ = ['DigitClassifier', 'unseen_digits', 'reading_loss', 'train_classifier
            'kernel_distance', 'precision_recall', 'nearest', 'Score', 'judge']
 
 # %% ../nbs/12_evaluation.ipynb #0bf13ea6
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -165,9 +165,11 @@ def nearest(
     "For each sample the reference at the least Euclidean distance."
     if samples.shape[1:] != references.shape[1:]:
         raise ValueError(f"samples and references must be of one shape; got {tuple(samples.shape[1:])} and {tuple(references.shape[1:])}")
+    if not (samples.is_floating_point() and references.is_floating_point()):
+        raise ValueError(f"samples and references must hold floating-point numbers; got {samples.dtype} and {references.dtype}")
     if not len(references):
         raise ValueError("references is empty: there is nothing to be near to")
-    x, y = samples.flatten(1), references.flatten(1)
+    x, y = (t.detach().flatten(1).to(samples.device, torch.float32) for t in (samples, references))
     found = [torch.cdist(part, y).argmin(1) for part in x.split(1000)]
     indices = torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=x.device)
     return (x - y[indices]).norm(dim=1), indices
@@ -211,9 +213,10 @@ def _floor(number: int) -> dict[str, float]:
 # %% ../nbs/12_evaluation.ipynb #e9ac1bbb
 def judge(
     samples: Float[Tensor, "number 1 28 28"],  # Digits, 4 to 2,000 of them
-    labels: Int[Tensor, "number"] | None = None,  # Which digits they should be, if that was asked for
+    labels: Int[Tensor, "number"] | Sequence[int] | None = None,  # Which digits they should be, if that was asked for
 ) -> Score:
     "Compare samples with 2,000 real digits, in the features of the shipped classifier."
+    labels = None if labels is None else torch.as_tensor(labels)
     if labels is not None and labels.shape != (len(samples),):
         raise ValueError(f"labels must hold one digit for each of the {len(samples)} samples; got the shape {tuple(labels.shape)}")
     model, reference, others = _witnesses()

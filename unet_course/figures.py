@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'use_style', 'svg', 'show', 'image_grid', 'scrubber', 'glue', 'Traced', 'trace', 'draw_steps',
-           'import_graph', 'draw_imports']
+           'draw_blocks', 'import_graph', 'draw_imports']
 
 # %% ../nbs/91_figures.ipynb #9b5f0a78
 import ast
@@ -24,7 +24,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import HTML
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from PIL import Image
 from torch import Tensor, nn
 
@@ -283,6 +286,75 @@ def draw_steps(
         ax.text(6.9, -i, " × ".join(map(str, step.shape)), ha="left", va="center", fontsize=10, family="monospace")
         if i:
             ax.annotate("", (3.3, -i + 0.3), (3.3, -i + 0.7), arrowprops=dict(arrowstyle="->", color=COLORS["faint"]))
+    return fig
+
+# %% ../nbs/91_figures.ipynb #967a0df2
+def _half_size(name: str, note: str, color: str) -> tuple[float, float]:
+    "Half the width and half the height, in inches, of what `draw_blocks` draws for an entry."
+    if not note and name[0] == "+":
+        return 0.1, 0.1
+    fonts = FontProperties(family=["monospace" if note or color != "faint" else "sans-serif"]), FontProperties()
+    width = max(TextPath((0, 0), text, size=10, prop=font).get_extents().width for text, font in zip((name, note), fonts) if text)
+    return width / 144 + 0.09, 0.23 if note else 0.13
+
+
+def _bends(a: tuple[float, float, float, float], b: tuple[float, float, float, float], across: float) -> list[tuple[float, float]]:
+    "The corners of a wire between two places (middle, half width, half height): straight up or down if one is wide enough, else along `across`."
+    (xa, ya, wa, ha), (xb, yb, wb, hb) = a, b
+    if ya != yb and abs(xb - xa) < max(wa, wb):
+        x, down = (xb if abs(xb - xa) < wa else xa), 1 if yb > ya else -1
+        return [(x, ya + down * ha), (x, yb - down * hb)]
+    right = 1 if xb > xa else -1
+    start = [(xa + right * wa, ya)] if across == ya else [(xa, ya + (ha if across > ya else -ha)), (xa, across)]
+    end = [(xb - right * wb, yb)] if across == yb else [(xb, across), (xb, yb + (hb if across > yb else -hb))]
+    return start + end
+
+
+def _wire(ax: Axes, corners: Sequence[tuple[float, float]], color: str, label: str, center: float) -> None:
+    "Draw a wire with an arrow head, and a text beside its beginning, on the side of the center."
+    style = dict(arrowstyle="->", color=COLORS[color], lw=1.3, shrinkA=0, shrinkB=0)
+    ax.plot(*zip(*corners[:-1]), color=COLORS[color], lw=1.3)
+    ax.annotate("", corners[-1], corners[-2], arrowprops=style)
+    (x, y), (u, v) = corners[:2]
+    if x == u:
+        ax.text(x + (0.07 if x < center else -0.07), (y + v) / 2, label, ha="left" if x < center else "right", va="center", fontsize=9)
+    else:
+        ax.text((x + u) / 2, y - 0.05, label, ha="center", va="bottom", fontsize=9)
+
+# %% ../nbs/91_figures.ipynb #2f3c5902
+def draw_blocks(
+    boxes: Mapping[str, tuple[float, float, str, str]],  # Name in the code: inches to the right, row from the top, what it does, its colour
+    wires: Sequence[tuple],  # From which, to which; where needed also the row in which it runs across, its colour, a text beside it
+    row: float = 0.62,  # Inches from one row to the next
+) -> Figure:
+    "Boxes and wires. What has no description is a bare input or output; in faint, a step without a name in the code, or a sum if it begins with +."
+    if strange := [end for wire in wires for end in wire[:2] if end not in boxes]:
+        raise ValueError(f"wires name {strange}, which are not among the boxes {list(boxes)}")
+    if strange := [color for *_, color in boxes.values() if color not in COLORS]:
+        raise ValueError(f"boxes have the colours {strange}; there are {', '.join(COLORS)}")
+    places = {name: (x, y * row, *_half_size(name, note, color)) for name, (x, y, note, color) in boxes.items()}
+    left, right = min(x - w for x, _, w, _ in places.values()) - 0.04, max(x + w for x, _, w, _ in places.values()) + 0.04
+    top, bottom = min(y - h for _, y, _, h in places.values()) - 0.04, max(y + h for _, y, _, h in places.values()) + 0.04
+    fig = plt.figure(figsize=(right - left, bottom - top), layout="none")
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
+    ax.axis("off")
+    for a, b, *said in wires:
+        across = next((s * row for s in said if not isinstance(s, str)), max(places[a][1], places[b][1]))
+        color = next((s for s in said if s in COLORS), boxes[a][3] if boxes[a][3] in ("data", "time") else "faint")
+        label = next((s for s in said if isinstance(s, str) and s not in COLORS), "")
+        _wire(ax, _bends(places[a], places[b], across), color, label, (left + right) / 2)
+    for name, (x, y, w, h) in places.items():
+        note, color = boxes[name][2:]
+        code = bool(note) or color != "faint"
+        if not code and name[0] == "+":
+            ax.add_patch(plt.Circle((x, y), w, fc="none", ec=COLORS["ink"], lw=1.2))
+            ax.text(x, y, "+", ha="center", va="center_baseline", fontsize=10)
+            continue
+        if note or not code:
+            ax.add_patch(plt.Rectangle((x - w, y - h), 2 * w, 2 * h, fc="none", ec=COLORS[color], lw=1.5))
+        ink = COLORS["ink" if note or not code else color]
+        ax.text(x, y - 0.09 * bool(note), name, ha="center", va="center", color=ink, family="monospace" if code else None, fontsize=10)
+        ax.text(x, y + 0.1, note, ha="center", va="center", fontsize=10)
     return fig
 
 # %% ../nbs/91_figures.ipynb #c9c9433d

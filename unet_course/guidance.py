@@ -22,8 +22,8 @@ def _null_like(
     null: Tensor | float | int,  # What stands for "nothing in particular"
 ) -> Shaped[Tensor, "batch *shape"]:
     "A null for each example: in the type, on the device and of the shape of what it stands for."
-    if null is None:
-        raise ValueError(f"null for {name} is None; it must be a value that the network was trained with, such as the label for 'any'")
+    if null is None or isinstance(null, str):
+        raise ValueError(f"null for {name} is {null!r}; it must be a value that the network was trained with, such as the label for 'any'")
     null = torch.as_tensor(null)
     if null.is_floating_point() and not given.is_floating_point():
         raise ValueError(f"null for {name} must be a whole number, like the {name} themselves; got {null.dtype}")
@@ -40,7 +40,7 @@ def drop_labels(
     generator: Generator | None = None,  # Of the random numbers, on any device
 ) -> Shaped[Tensor, "batch *shape"]:  # New
     "Hide the labels of some examples, so that a network also learns to do without (Ho and Salimans 2022, algorithm 1)."
-    if isinstance(probability, bool) or not 0 <= probability <= 1:
+    if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
         raise ValueError(f"probability={probability!r} must lie between 0, hide no label, and 1, hide all")
     if labels.ndim == 0:
         raise ValueError("labels must hold one for each example, with the batch as first axis; got a single number")
@@ -60,7 +60,8 @@ def _check_guidance(model: object, scale: object, null: object, interval: object
     for name, value in null.items() if isinstance(null, Mapping) else ():
         if value is None:
             raise ValueError(f"null for {name} is None; it must be a value that the network was trained with, such as the label for 'any'")
-    if not isinstance(interval, Sequence) or len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
+    numbers = isinstance(interval, Sequence) and len(interval) == 2 and all(isinstance(level, (int, float)) for level in interval)
+    if not numbers or not 0 <= interval[0] <= interval[1]:
         raise ValueError(f"interval={interval!r} must be two noise levels, sigma / alpha, the smaller first; all are (0, math.inf)")
     if schedule is None and tuple(interval) != (0, math.inf):
         raise ValueError(f"interval={interval!r} needs schedule=…, which says what noise level belongs to a time")
@@ -84,12 +85,16 @@ def _rescaled(guided: Tensor, cond: Tensor, share: float | int) -> Tensor:
     if cond[0].numel() < 2:
         raise ValueError(f"rescale={share!r} compares standard deviations, and a single number has none; use rescale=0")
     axes = tuple(range(1, cond.ndim))
-    return guided * (1 - share + share * cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+    ratio = cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return guided * (1 - share + share * ratio.where(ratio.isfinite(), 1.0))  # an answer without any spread stays as it is
 
 # %% ../nbs/13_guidance.ipynb #5f15cf48
 def _each(name: str, value: Tensor | Sequence | float | int, x: Tensor) -> Tensor:
     "What the model is told, with an entry for each example."
-    value = torch.as_tensor(value, device=x.device)
+    try:
+        value = torch.as_tensor(value, device=x.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be numbers, one for all, or one for each; got {value!r:.80}") from error
     value = value[None] if value.ndim == 0 else value
     if len(value) not in (1, len(x)):
         raise ValueError(f"{name} must be one for all, or one for each of the {len(x)} examples; got the shape {tuple(value.shape)}")
@@ -141,12 +146,13 @@ class Guided(nn.Module):
     ) -> Float[Tensor, "batch *shape"]:
         "One answer made of two; the model is called once, with both halves in one batch."
         times, null = _each("times", times, x), _without(self.null, conditioning, x)
+        told = {name: _each(name, value, x) if name in null else value for name, value in conditioning.items()}
         inside = _inside(times, self.interval, self.schedule)
         if self.scale == 1 or not inside.any():
-            return self.model(x, times, **conditioning)
+            return self.model(x, times, **told)
         if self.scale == 0 and not self.rescale and inside.all():
-            return self.model(x, times, **conditioning | null)
-        both = {name: torch.cat([null[name], _each(name, value, x)]) if name in null else _twice(value, x) for name, value in conditioning.items()}
+            return self.model(x, times, **told | null)
+        both = {name: torch.cat([null[name], value]) if name in null else _twice(value, x) for name, value in told.items()}
         uncond, cond = self.model(torch.cat([x, x]), torch.cat([times, times]), **both).chunk(2)
         guided = _rescaled(uncond + self.scale * (cond - uncond), cond, self.rescale)
         return torch.where(inside.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), guided, cond)

@@ -15,11 +15,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .resampling import Downsample, Upsample, conv_nd, zero_module
-from .workbench import check_whole
+from .workbench import check_probability, check_whole
 
 # %% ../nbs/03_residual_blocks.ipynb #db7f420e
-def _check_groups(num_groups: int, num_channels: int) -> None:
+def _check_groups(num_groups: int, num_channels: int, eps: float) -> None:
     "Raise unless the channels can be split into equal groups."
+    if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
+        raise ValueError(f"eps={eps!r} must be finite and not negative: it is added to the variance")
     for name, value in (("num_groups", num_groups), ("num_channels", num_channels)):
         check_whole(name, value)
     if num_channels % num_groups:
@@ -27,7 +29,7 @@ def _check_groups(num_groups: int, num_channels: int) -> None:
         nearest = " and ".join(str(n) for n in (below, below + num_groups) if n)
         raise ValueError(f"num_channels={num_channels} cannot be split into num_groups={num_groups} equal groups; nearest that can: {nearest}")
 
-
+# %% ../nbs/03_residual_blocks.ipynb #166a6045
 class GroupNorm32(nn.GroupNorm):
     "Group normalisation that computes in float32 and gives back the dtype that came in (OpenAI's name; the 32 are bits)."
 
@@ -37,7 +39,7 @@ class GroupNorm32(nn.GroupNorm):
         num_channels: int,  # Channels of the input, a multiple of `num_groups`
         eps: float = 1e-5,  # Added to the variance
     ):
-        _check_groups(num_groups, num_channels)
+        _check_groups(num_groups, num_channels, eps)
         super().__init__(num_groups, num_channels, eps)
 
     def forward(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
@@ -60,7 +62,7 @@ def Normalize(
     eps: float = 1e-6,  # Added to the variance
 ) -> nn.GroupNorm:
     "What the DDPM U-Net and the VAE normalise with: 32 groups, eps 1e-6."
-    _check_groups(num_groups, channels)
+    _check_groups(num_groups, channels, eps)
     return nn.GroupNorm(num_groups, channels, eps)
 
 # %% ../nbs/03_residual_blocks.ipynb #f59901ac
@@ -71,7 +73,7 @@ def _over_space(
     "One number for each channel, ready to be added at every position of `x`."
     return vector.reshape(*vector.shape, *[1] * (x.ndim - 2)).to(x.dtype)
 
-
+# %% ../nbs/03_residual_blocks.ipynb #90b81006
 def _normalized(normalize: Callable[[int], nn.Module], argument: str, channels: int) -> nn.Module:
     "A normalisation layer; its complaint names our argument."
     try:
@@ -115,7 +117,7 @@ class ResBlock(nn.Module):
         out_channels = channels if out_channels is None else out_channels
         if up and down:
             raise ValueError("up=True and down=True exclude each other")
-        if emb_channels is not None and (not isinstance(emb_channels, int) or emb_channels < 1):
+        if emb_channels is not None and (not isinstance(emb_channels, int) or isinstance(emb_channels, bool) or emb_channels < 1):
             raise ValueError(f"emb_channels={emb_channels!r} must be a whole number of at least 1, or None for a block that takes no time")
         if use_scale_shift_norm and emb_channels is None:
             raise ValueError("use_scale_shift_norm=True needs a time embedding: give emb_channels")
@@ -137,7 +139,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             _normalized(normalize, "out_channels", out_channels),
             activation(),
-            nn.Dropout(dropout),
+            nn.Dropout(check_probability("dropout", dropout)),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
         if out_channels == channels:
@@ -198,7 +200,7 @@ class ResnetBlock(nn.Module):
         if temb_channels:
             self.temb_proj = nn.Linear(temb_channels, out_channels)
         self.norm2 = _normalized(Normalize, "out_channels", out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(check_probability("dropout", dropout))
         self.conv2 = conv_nd(dims, out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             if conv_shortcut:

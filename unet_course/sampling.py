@@ -29,7 +29,7 @@ def denoiser(
     "What every sampler asks: given x at step t, how much of it is picture, how much is noise?"
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction={prediction!r} is unknown; there are {list(PREDICTIONS)}")
-    if clip is not None and not clip > 0:
+    if clip is not None and (not isinstance(clip, (int, float)) or not clip > 0):
         raise ValueError(f"clip={clip!r} must be positive, or None for no clipping")
 
     @torch.no_grad()
@@ -76,7 +76,10 @@ def _visits(
     if steps is None or isinstance(steps, int):
         times = choose_steps(schedule, len(schedule) if steps is None else steps, spacing)
     else:
-        times = [int(t) for t in steps]
+        try:
+            times = [int(t) for t in steps]
+        except (TypeError, ValueError, OverflowError):  # no list, or not of numbers: refused in a moment
+            times = []
         if not times or any(t != given for t, given in zip(times, steps)) or any(t <= s for t, s in pairwise(times)):
             raise ValueError(f"steps={steps!r} must be a number of steps, or whole numbers that fall: the steps to visit, the noisiest first")
         if times[0] >= len(schedule) or times[-1] < 0:
@@ -111,7 +114,7 @@ def _fresh(schedule: Schedule, t: int, s: int | None) -> float:
 class Step(NamedTuple):
     "Where a sampler stands after a step."
 
-    number: int  # 1, 2, 3, …
+    number: int  # 1, 2, 3, …; 0 where no step was to be made
     time: int | None  # The step of the schedule that x belongs to now; `None`: no noise is left, the walk is over
     x: Tensor  # The noisy pictures; those of the last step are the sample
     x0: Tensor  # The guess at the finished pictures that led here
@@ -160,7 +163,7 @@ def ddim(
     generator: Generator | None = None,  # Of the new noise
 ) -> Iterator[Step]:
     "x_s = alpha_s guess + sqrt(sigma_s² − new²) noise + new z (Song et al. 2021, equation 12)."
-    if not 0 <= eta <= 1:
+    if not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ValueError(f"eta={eta!r} must lie between 0, no new noise, and 1, as much as ddpm adds")
     for number, (t, s) in _pairs(_visits(schedule, steps)):
         x0, noise = predict(x, t)
@@ -240,12 +243,12 @@ def img2img(
     x0: Float[Tensor, "batch *shape"],  # Pictures to begin with
     noise: Float[Tensor, "batch *shape"],  # From a standard normal distribution
     schedule: Schedule,  # The one that predict knows
-    steps: int | Sequence[int] = 50,  # Of the whole walk
+    steps: int | Sequence[int] = 50,  # Of the whole walk; a number of them is spaced "trailing", for `heun`, too
     strength: float | int = 0.6,  # Share of the walk that is made: 0 changes nothing, 1 makes every step
     **options: object,  # Of the sampler
 ) -> Iterator[Step]:
     "Begin in the middle of the walk, with a picture to which noise was added (Meng et al. 2022)."
-    if not 0 <= strength <= 1:
+    if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
         raise ValueError(f"strength={strength!r} must lie between 0, no change, and 1, the whole walk")
     times = _visits(schedule, steps)
     times = times[len(times) - round(strength * len(times)) :]
@@ -262,11 +265,13 @@ def inpaint(
     known: Bool[Tensor, "..."],  # True where; broadcast to the pictures
 ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:  # A predict for any sampler
     "Correct each guess where the truth is known."
+    if known.dtype != torch.bool:
+        raise ValueError(f"known must be True or False at each place; got {known.dtype}")
     if known.ndim > x0.ndim or any(k not in (1, n) for k, n in zip(reversed(known.shape), reversed(x0.shape))):
         raise ValueError(f"known must broadcast to the pictures, {tuple(x0.shape)}; got {tuple(known.shape)}")
 
     def corrected(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        guess = torch.where(known, x0, predict(x, t)[0])
+        guess = torch.where(known.to(x.device), x0.to(x), predict(x, t)[0])
         return guess, to_noise("x0", guess, x, *schedule.at(t, x))
 
     return corrected

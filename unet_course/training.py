@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from .data import digits, read_asset
 from .diffusion import Schedule, diffusion_loss
 from .unet import UNetModel
-from .workbench import check_whole
+from .workbench import check_positive, check_whole
 
 # %% ../nbs/10_training.ipynb #6f166c42
 class Folded(nn.Module):
@@ -66,7 +66,7 @@ class EMA:
         model: nn.Module,  # What is followed
         decay: float = 0.999,  # How much of the average stays at each update, once it has warmed up
     ):
-        if not 0 <= decay < 1:
+        if not isinstance(decay, (int, float)) or not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r} must be at least 0 and less than 1")
         self.model = deepcopy(model).eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
@@ -114,15 +114,27 @@ def take_batches(
     data: Tensor | Sequence[Tensor] | Dataset,  # Examples along the first axis, or a data set that can be indexed
     indices: Iterable[Sequence[int]],  # A list for each batch
     workers: int = 0,  # Processes that read a data set in the background
+    seed: int = 0,  # Of what a data set draws in these processes
 ) -> Iterable:
     "Some batches, made like the examples: tensors, or tuples of tensors."
     if isinstance(data, Dataset):
-        return DataLoader(data, batch_sampler=indices, num_workers=workers, generator=Generator())
+        return DataLoader(data, batch_sampler=indices, num_workers=workers, generator=Generator().manual_seed(seed))
     if isinstance(data, Tensor):
         return (data[i] for i in indices)
     return (tuple(part[i] for part in data) for i in indices)
 
 # %% ../nbs/10_training.ipynb #4a4044c7
+def _number_of(data: Tensor | Sequence[Tensor] | Dataset) -> int:
+    "How many examples there are."
+    parts = [data] if isinstance(data, (Tensor, Dataset)) else data
+    if not isinstance(parts, (list, tuple)) or any(not hasattr(part, "__len__") for part in parts):
+        raise ValueError(f"data must be a tensor, a list of tensors, or a data set that can be indexed; got {type(data).__name__}")
+    lengths = {len(part) for part in parts}
+    if len(lengths) != 1:
+        raise ValueError(f"data must hold tensors of one length, not of different lengths {sorted(lengths)}")
+    return lengths.pop()
+
+# %% ../nbs/10_training.ipynb #01eec5c2
 class Batches:
     "Batches without end, in an order that depends on the seed and on nothing else: the step says where one is."
 
@@ -137,12 +149,11 @@ class Batches:
         workers: int = 0,  # Processes that read a data set in the background
     ):
         self.data, self.size, self.seed, self.pieces, self.rank, self.ranks, self.workers = data, size, seed, pieces, rank, ranks, workers
-        lengths = {len(part) for part in ([data] if isinstance(data, (Tensor, Dataset)) else data)}
-        if len(lengths) != 1:
-            raise ValueError(f"data must hold tensors of one length, not of different lengths {sorted(lengths)}")
-        if size < 1 or size % (pieces * ranks):
+        for name, value, least in (("size", size, 1), ("seed", seed, 0), ("pieces", pieces, 1), ("rank", rank, 0), ("ranks", ranks, 1), ("workers", workers, 0)):
+            check_whole(name, value, least)
+        if size % (pieces * ranks):
             raise ValueError(f"batch_size={size} must be divisible into accumulate={pieces} pieces for each of {ranks} processes")
-        self.number = lengths.pop()
+        self.number = _number_of(data)
         self.per_epoch = self.number // size
 
     def since(
@@ -150,11 +161,14 @@ class Batches:
         step: int,  # The first batch
     ) -> Iterator:
         "The pieces of all batches from a step on."
+        check_whole("step", step, 0)
+        if not self.per_epoch:
+            raise ValueError(f"batch_size={self.size} is more than the {self.number} examples of the data")
         while True:
             epoch, start = divmod(step, self.per_epoch)
             batches = epoch_order(self.number, self.size, self.seed, epoch)[start:]
             share = batches.view(len(batches), self.pieces, self.ranks, -1)[:, :, self.rank].flatten(0, 1)
-            yield from take_batches(self.data, share.tolist(), self.workers)
+            yield from take_batches(self.data, share.tolist(), self.workers, (1_000_003 * (1_000_003 * self.seed + epoch) + self.rank) % 2**63)
             step = (epoch + 1) * self.per_epoch
 
     def in_order(self) -> Iterator:
@@ -174,7 +188,10 @@ class Randomness:
         self.cuda = [device] if device.type == "cuda" else []
         self.generator = Generator(device).manual_seed(seed)
         with self.elsewhere():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all GPUs
+            for cuda in self.cuda:
+                with torch.cuda.device(cuda):
+                    torch.cuda.manual_seed(seed)
             self.states = self.now()
 
     def now(self) -> dict[str, Tensor]:
@@ -191,7 +208,7 @@ class Randomness:
         self.generator.set_state(states["generator"])
 
     def elsewhere(self) -> AbstractContextManager:
-        "Whatever is drawn inside, torch's global generators are afterwards as they were."
+        "Whatever is drawn inside, torch's global generators, the processor's and our GPU's, are afterwards as they were."
         return torch.random.fork_rng(self.cuda)
 
     @contextmanager
@@ -235,6 +252,8 @@ def future_state(
     for copy in copies:
         copy.grad = torch.zeros_like(copy) if copy.requires_grad else None
     optimizer = make_optimizer(copies, lr=1e-3)
+    if {id(p) for group in optimizer.param_groups for p in group["params"]} - {id(p) for p in copies}:
+        raise ValueError("optimizer takes parameters from elsewhere; to resume, it must make do with those that it is called with")
     optimizer.step()
     return split_state(optimizer)[0]
 
@@ -257,11 +276,14 @@ def save_checkpoint(
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = save(copies, {"format": FORMAT, "state": json.dumps(dict(state))})
     beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk, not only on its way there
-    os.replace(beside, path)  # the one moment in which the name changes its file
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, not only on its way there
+        os.replace(beside, path)  # the one moment in which the name changes its file
+    finally:
+        beside.unlink(missing_ok=True)  # of a full disk, say
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -330,7 +352,7 @@ def load_weights(
         raise ValueError(f'part={part!r} is unknown; there are "ema" and "model"')
     wanted = model.state_dict()
     found = part_of(load_checkpoint(path)[0], part)
-    found = {name: t.to(wanted[name].dtype) if name in wanted and t.dtype == torch.float16 else t for name, t in found.items()}
+    found = {name: t.to(wanted[name].dtype) if name in wanted and t.dtype in (torch.float16, torch.bfloat16) else t for name, t in found.items()}
     check_fit(str(path), found, wanted)
     model.load_state_dict(found)
     return model
@@ -343,42 +365,68 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,  # Trained in place
+        model: nn.Module,  # Trained in place; with `mixed_precision` its forward stays in 16 bits afterwards, that of `ema_model` does not
         loss: Callable[[nn.Module, object, Generator], Tensor],  # (model, batch, generator) → one number, the batch's mean
-        data: Tensor | Sequence[Tensor] | Dataset,  # Examples along the first axis, or a data set that can be indexed
+        data: Tensor | Sequence[Tensor] | Dataset | Batches,  # Examples along the first axis, a data set that can be indexed, or batches of your own
         *,
         validation: Tensor | Sequence[Tensor] | Dataset | None = None,  # Others, by which the best model is chosen
-        batch_size: int = 64,  # Examples in each step, all pieces and processes together
-        accumulate: int = 1,  # Compute each batch in so many pieces, where memory is short
+        batch_size: int | None = None,  # Examples in each step, all pieces and processes together; `None`: 64, or as your batches have it
+        accumulate: int | None = None,  # Compute each batch in so many pieces, where memory is short; `None`: 1, or as your batches have it
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,  # Called as optimizer(parameters, lr=…)
         learning_rate: float = 1e-3,  # The highest
         warmup: int = 100,  # Steps over which it rises
         decay: int | None = None,  # Step at which it has fallen to 0, along a cosine; `None`: it stays
         clip_gradients: float = 1.0,  # Longer gradients are shortened to this; `math.inf`: none are
         ema: float = 0.999,  # Decay of the averaged weights; 0: no averaging
-        mixed_precision: str | None = None,  # "no", "bf16" or "fp16"; `None`: as `accelerate launch` was told
+        mixed_precision: str | None = None,  # "no", "bf16" or "fp16", the same in all trainings of a process; `None`: as `accelerate launch` was told
         every: int | None = None,  # Steps from look to look: validation, callback, checkpoint; `None`: an epoch
         folder: str | Path | None = None,  # Of the checkpoints; `None`: none are written
         callback: Callable[["Trainer"], None] | None = None,  # Called at every look, on the main process
-        seed: int = 0,  # Of the order of the data, of the generator and of dropout
-        workers: int = 0,  # Processes that read a data set in the background
+        seed: int | None = None,  # Of the order of the data, of the generator and of dropout; `None`: 0, or as your batches have it
+        workers: int | None = None,  # Processes that read a data set, and begin its random numbers anew in each epoch and resumption; `None`: 0, or as your batches have it
         log_with: object = None,  # "tensorboard" or another tracker of Accelerate's; it writes into the folder
         config: Mapping[str, object] | None = None,  # What else the checkpoint should tell, as JSON can hold it
     ):
         from accelerate import Accelerator  # slow to import
+        from accelerate.state import AcceleratorState
 
         if log_with is not None and folder is None:
             raise ValueError(f"log_with={log_with!r} needs a folder to write into")
-        for name, value, least in (("warmup", warmup, 0), ("decay", decay, 1), ("every", every, 1), ("accumulate", accumulate, 1)):
+        for name, value in (("decay", decay), ("every", every), ("accumulate", accumulate), ("batch_size", batch_size)):
             if value is not None:
-                check_whole(name, value, least)
+                check_whole(name, value)
+        check_whole("warmup", warmup, 0)
         for name, value in (("learning_rate", learning_rate), ("clip_gradients", clip_gradients)):
-            if not value > 0:
-                raise ValueError(f"{name}={value!r} must be positive")
-        self.accelerator = Accelerator(mixed_precision=mixed_precision, log_with=log_with, project_dir=folder)
+            check_positive(name, value)
+        if not isinstance(ema, (int, float)) or not 0 <= ema < 1:
+            raise ValueError(f"ema={ema!r} must be at least 0 and less than 1")
+        if odd := {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}:
+            raise ValueError(f"model has weights in {odd.pop()}, in which small steps are rounded away: train it in float32, with mixed_precision")
+        self.config = dict(config or {})
+        try:
+            json.dumps(self.config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config={config!r} must be what JSON can hold: {error}") from error
+        precision = (mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")).lower()
+        running = AcceleratorState._shared_state.get("_mixed_precision", precision)
+        if running != precision and precision in ("no", "bf16", "fp16"):  # Accelerate refuses others itself
+            complaint = f"this process trains in {running!r} already, and Accelerate allows one precision in a process: start another"
+            raise ValueError(f"mixed_precision={mixed_precision!r} asks for {precision!r}, but {complaint}")
+        self.accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=folder)
         self.device, rank, ranks = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
         self.loss, self.callback, self.folder = loss, callback, None if folder is None else Path(folder)
-        self.batches = Batches(data, batch_size, seed, accumulate, rank, ranks, workers)
+        given, usual = dict(batch_size=batch_size, seed=seed, accumulate=accumulate, workers=workers), (64, 0, 1, 0)
+        if isinstance(data, Batches):
+            for (name, value), there in zip(given.items(), (data.size, data.seed, data.pieces, data.workers)):
+                if value not in (None, there):
+                    raise ValueError(f"{name}={value!r}, but data are batches with {name}={there}: leave {name} out, or make other batches")
+            self.batches = data
+        else:
+            size, seed, pieces, workers = (other if value is None else value for value, other in zip(given.values(), usual))
+            self.batches = Batches(data, size, seed, pieces, rank, ranks, workers)
+        if (self.batches.rank, self.batches.ranks) != (rank, ranks):
+            raise ValueError(f"data are batches for rank {self.batches.rank} of {self.batches.ranks} processes; this is rank {rank} of {ranks}")
+        batch_size, accumulate, seed = self.batches.size, self.batches.pieces, self.batches.seed
         self.validation = None if validation is None else Batches(validation, batch_size)
         if not self.batches.per_epoch:
             raise ValueError(f"batch_size={batch_size} is more than the {self.batches.number} examples of the data")
@@ -386,11 +434,11 @@ class Trainer:
         self.learning_rate, self.warmup, self.decay, self.clip_gradients, self.seed = learning_rate, warmup, decay, clip_gradients, seed
         names = dict(batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate, warmup=warmup, decay=decay, clip_gradients=clip_gradients)
         self.settings = names | dict(ema=ema, every=self.every, seed=seed, precision=self.accelerator.mixed_precision)
-        self.config = dict(config or {})
 
         self.model = model.to(self.device)
         self.ema = EMA(self.model, ema)
         self.make_optimizer, self.optimizer = optimizer, optimizer(self.model.parameters(), lr=learning_rate)
+        self.shares = [float(group["lr"]) / learning_rate for group in self.optimizer.param_groups]  # the optimiser may have a rate for each group
         self.prepared, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
         if log_with is not None:
             self.accelerator.init_trackers("training")
@@ -420,6 +468,7 @@ class Trainer:
         "Train, and look every so often: validate, call back, save."
         if (steps is None) == (epochs is None):
             raise ValueError("fit needs either steps or epochs: how long to train in all, from the first step on")
+        check_whole("epochs" if steps is None else "steps", epochs if steps is None else steps, 0)
         target = epochs * self.batches.per_epoch if steps is None else steps
         if self.folder is not None and not self.step and target and (self.folder / "last.safetensors").exists():
             raise ValueError(f"folder={str(self.folder)!r} holds a training that was begun before: resume() it, or take another folder")
@@ -436,8 +485,8 @@ class Trainer:
     def _update(self, pieces: list) -> None:
         "One step: the gradient of the whole batch, shortened; the optimiser; the average."
         rate = self.learning_rate * learning_rate_factor(self.step, self.warmup, self.decay)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+            group["lr"] = rate * share
         self.stepper.zero_grad()
         total = torch.zeros((), device=self.device)
         for i, piece in enumerate(pieces, 1):
@@ -492,6 +541,8 @@ class Trainer:
         self.random.states, better = self.random.now(), False
         if self.validation is not None:
             value = self.evaluate()
+            if self.accelerator.num_processes > 1:  # all must come to the same decision
+                value = self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.device), "mean").item()
             better = value < self.best[1]
             self.best = (self.step, value) if better else self.best
             self._record(validation_step=self.step, validation=value)
@@ -707,6 +758,9 @@ def ship(
     "Put the averaged weights alone into a small file, as the package ships them."
     tensors, state = load_checkpoint(checkpoint)
     weights = {f"ema.{name}": t.to(dtype) if t.is_floating_point() else t for name, t in part_of(tensors, "ema").items()}
+    missing = [key for key in ("step", "settings", "config", "versions") if key not in state]
+    if missing or not weights:
+        raise CheckpointError(f"{checkpoint} is not the checkpoint of a training: it has no {', '.join(missing) or 'averaged weights'}; nothing was written")
     save_checkpoint(path, weights, {key: state[key] for key in ("step", "settings", "config", "versions")})
 
 # %% ../nbs/10_training.ipynb #22b7464f

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from .attention import CrossAttention, attention_weights
 from .resampling import conv_nd, zero_module
 from .resblock import Normalize
-from .workbench import check_whole
+from .workbench import check_probability, check_whole
 
 # %% ../nbs/05_spatial_transformer.ipynb #cd17be15
 def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -65,13 +65,11 @@ class FeedForward(nn.Module):
         super().__init__()
         dim_out = dim if dim_out is None else dim_out
         _check_sizes(dim=dim, dim_out=dim_out)
+        if not isinstance(mult, (int, float)) or not 1 <= dim * mult < float("inf"):
+            raise ValueError(f"mult={mult!r} leaves no hidden channel of dim={dim}, or infinitely many")
         hidden = int(dim * mult)
-        if hidden < 1:
-            raise ValueError(f"mult={mult!r} leaves no hidden channel of dim={dim}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout={dropout!r} must be a probability, from 0 to 1")
         first = GEGLU(dim, hidden) if glu else nn.Sequential(nn.Linear(dim, hidden), nn.GELU())
-        self.net = nn.Sequential(first, nn.Dropout(dropout), nn.Linear(hidden, dim_out))
+        self.net = nn.Sequential(first, nn.Dropout(check_probability("dropout", dropout)), nn.Linear(hidden, dim_out))
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim_out"]:
         "The same small network on every token."

@@ -25,7 +25,7 @@ from .workbench import check_whole
 
 # %% ../nbs/07_unet.ipynb #fd219d23
 class TimestepEmbedSequential(nn.Sequential):
-    "Layers in a row; each is given what its `forward` names: `emb` (or `temb`), `context`, `size`. Elsewhere: SwitchSequential."
+    "Layers in a row; each is given what its `forward` names: `emb` (or `temb`), `context`, `size`. Elsewhere also called SwitchSequential."
 
     def __init__(self, *layers: nn.Module):
         super().__init__(*layers)
@@ -52,7 +52,7 @@ class LevelPlan:
 
     channels: int
     blocks: int  # Residual blocks on the way down; one more on the way up
-    attention: int  # How many of them, in each arm, are followed by attention
+    attention: int  # In each arm at most so many are followed by attention; `blocks + 1`: all
     depth: int  # Transformer blocks in each spatial transformer
     disable_self_attn: bool  # Whether both of their attentions look at the context
 
@@ -183,7 +183,7 @@ class UNetModel(nn.Module):
         transformer_depth: int | Sequence[int] = 1,  # Blocks in each of them, or for each level; the middle is like the last
         context_dim: int | Sequence[int] | None = None,  # Channels of the context's tokens, or for each block of a transformer
         n_embed: int | None = None,  # Not supported: prediction of codebook indices
-        legacy: bool = True,  # False: `num_heads_upsample` is disregarded, as in CompVis' code; it changes nothing else
+        legacy: bool = True,  # False: `num_heads_upsample` is disregarded, as in Stable Diffusion's code; it changes nothing else
         disable_self_attentions: Sequence[bool] | None = None,  # For each level: transformers look at the context only
         num_attention_blocks: Sequence[int] | None = None,  # For each level: at most so many attention blocks in each arm
         disable_middle_self_attn: bool = False,  # The middle's transformer looks at the context only
@@ -224,7 +224,7 @@ class UNetModel(nn.Module):
             check_groups(f"model_channels={model_channels} with channel_mult={tuple(channel_mult)}", [level.channels for level in plan])
         self.image_size = self._sizes(image_size, dims)
         self.in_channels, self.model_channels, self.dims, self.num_classes = in_channels, model_channels, dims, num_classes
-        self.context_dim = context_dim if context_dim is None or isinstance(context_dim, int) else list(context_dim)
+        self.context_dim = list(context_dim) if isinstance(context_dim, Sequence) else context_dim
         self.plan, self.resblock_updown, self.attn_type = plan, resblock_updown, attn_type
         self.rounds_up = conv_resample and not resblock_updown  # what becomes of an odd size on the way down
 
@@ -366,14 +366,14 @@ class UNetModel(nn.Module):
             raise ValueError("this network needs labels y" if y is None else "this network was made without num_classes and takes no y")
         if y is None:
             return None
-        y = torch.as_tensor(y, device=x.device)
-        y = per_example("y", y.flatten() if self.num_classes == "continuous" else y, x)
+        given = torch.as_tensor(y)  # where it lies; on the CPU a look costs nothing
+        y = per_example("y", given.flatten() if self.num_classes == "continuous" else given, x)
         if self.num_classes == "continuous":
             return self.label_emb(y[:, None].to(self.label_emb.weight.dtype))
         if y.is_floating_point() or y.dtype == torch.bool:
             raise ValueError(f"y must be whole numbers, got {y.dtype}")
-        if y.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= y.min() <= y.max() < self.num_classes:
-            raise ValueError(f"y must be from 0 to {self.num_classes - 1}, got {y.tolist()}")
+        if given.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= given.min() <= given.max() < self.num_classes:
+            raise ValueError(f"y must be from 0 to {self.num_classes - 1}, got {given.tolist()}")
         return self.label_emb(y)
 
     def _check_context(self, context: Tensor | Sequence[Tensor] | None, x: Tensor) -> Tensor | list[Tensor] | None:

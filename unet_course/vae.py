@@ -24,6 +24,7 @@ from .ddpm_unet import Stage, attention_levels, check_groups, check_map, check_w
 from .resampling import AsymmetricDownsample, Upsample, conv_nd
 from .resblock import Normalize, ResnetBlock
 from .training import Trainer, load_checkpoint, load_weights, parse_checkpoint, part_of, save_checkpoint
+from .workbench import check_probability
 
 # %% ../nbs/14_vae.ipynb #f3dda082
 def _wide(x: Tensor) -> Tensor:
@@ -127,14 +128,13 @@ def _plan(
         check_whole(name, value)
     if isinstance(ch_mult, str) or not isinstance(ch_mult, Iterable) or not (ch_mult := tuple(ch_mult)):
         raise ValueError(f"ch_mult={ch_mult!r} must be a list of whole numbers, one for each level")
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-        raise ValueError(f"dropout={dropout!r} must be a probability, from 0 to 1")
+    dropout = check_probability("dropout", dropout)
     widths = [ch * check_whole("ch_mult", mult) for mult in ch_mult]
     check_groups(f"ch={ch}", (ch, *widths))
     levels = [resolution // 2**i for i in range(len(widths))]
     if not levels[-1]:
         raise ValueError(f"resolution={resolution} cannot be halved {len(widths) - 1} times, as ch_mult={ch_mult} asks")
-    block = partial(ResnetBlock, temb_channels=0, dropout=float(dropout), dims=dims)
+    block = partial(ResnetBlock, temb_channels=0, dropout=dropout, dims=dims)
     attention = partial(make_attention, attn_type=attn_type, **({} if dims == 2 else {"dims": dims}))
     return widths, attention_levels("attn_resolutions", attn_resolutions, levels), block, attention
 
@@ -311,7 +311,7 @@ def vae_loss(
     for x in [batch] if isinstance(batch, Tensor) else batch:
         mirrored = torch.rand(len(x), 1, 1, 1, generator=generator, device=generator.device).to(x.device) < 0.5
         x = torch.where(mirrored, x.flip(3), x)
-        with torch.autocast(x.device.type, torch.bfloat16):  # the convolutions: precise enough here, and faster where the chip knows the format
+        with torch.autocast(x.device.type, torch.bfloat16):  # the convolutions: precise enough here, and faster on chips made for the format
             y, posterior = model(x, generator=generator)
         losses.append(F.l1_loss(y, x) + F.mse_loss(y, x) + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel())
     return torch.stack(losses).mean()
@@ -333,8 +333,8 @@ def train_vae(
 ) -> Trainer:
     "The recipe of the shipped VAE, for emoji and for drawings of shapes. One command, resumable: call it again and it goes on."
     check_whole("steps", steps)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng([]):  # the weights are drawn on the CPU: no GPU needs to be asked
+        torch.default_generator.manual_seed(check_whole("seed", seed, 0))
         model = emoji_vae()
     trainer = Trainer(model, vae_loss, _pictures("train"), validation=_pictures("pairs"), batch_size=16, learning_rate=1e-3, warmup=200,
                       decay=steps, ema=0.998, every=300, folder=folder, seed=seed, callback=callback, config={"model": "vae"})
@@ -353,11 +353,14 @@ def scale_factor(
     check_whole("batch_size", batch_size)
     if not len(images):
         raise ValueError("images is empty: there is nothing to measure")
-    device = next(vae.parameters()).device
+    device = next(vae.parameters(), images).device
     latents = [vae.encode(part.to(device)).sample(generator).flatten().float() for part in images.split(batch_size)]
-    return 1 / torch.cat(latents).std().item()
+    spread = torch.cat(latents).std().item()
+    if not 0 < spread < math.inf:
+        raise ValueError(f"images must give finite latents that differ; the standard deviation of these is {spread}")
+    return 1 / spread
 
-
+# %% ../nbs/14_vae.ipynb #46a0edd8
 def ship_vae(
     checkpoint: str | Path = "runs/vae/last.safetensors",  # Of a training by `train_vae`
     path: str | Path = "emoji_vae.safetensors",  # Where the weights go

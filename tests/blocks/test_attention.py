@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from unet_course.attention import (
     ATTENTION,
@@ -218,6 +220,16 @@ def test_flash_in_a_block(stand_in, monkeypatch):
         outputs = [randomize(make(b))(x) for b in ("flash", "auto", "vanilla")]
         assert relative_error(outputs[0], outputs[2]) < 1e-5 and relative_error(outputs[1], outputs[2]) < 1e-5
     assert len(stand_in) == 4
+
+
+def test_flash_is_not_hidden_from_those_who_count(stand_in, monkeypatch):
+    """While operations are counted, auto takes PyTorch's kernel, of which it is known what it multiplies."""
+    monkeypatch.setattr(module, "flash_problem", lambda *_: "")
+    with FlopCounterMode(display=False):
+        attention(*qkv())
+    assert stand_in == []
+    attention(*qkv())
+    assert len(stand_in) == 1
 
 
 @pytest.mark.bad_input
@@ -626,6 +638,12 @@ def test_register_attention(monkeypatch):
     assert type(make_attention(32, "mine")) is Mine and register_attention("mine")(Mine) is Mine
     with pytest.raises(ValueError, match="'vanilla' is taken by AttnBlock"):
         register_attention("vanilla")(Mine)
+    short = partial(AttnBlock, backend="vanilla")  # no class, and without a name of its own
+    register_attention("short")(short), register_attention("short")(partial(AttnBlock, backend="vanilla"))
+    assert make_attention(32, "short").backend == "vanilla"
+    for name, other in (("short", partial(AttnBlock, backend="sdpa")), ("short", Mine), ("mine", short)):
+        with pytest.raises(ValueError, match=f"name='{name}' is taken by"):
+            register_attention(name)(other)
 
 
 # --- any arguments: a result, or an error that says which argument is wrong

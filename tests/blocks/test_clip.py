@@ -643,6 +643,38 @@ def test_two_towers_learn():
     assert before <= 0.5 and retrieval(images, captions, model, ways=8) == 1 and loss < 0.3
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("make", "message"), [(lambda: ImageEncoder(dropout=True), "dropout=True"), (lambda: train_clip("nowhere", seed=0.5), "seed=0.5")])
+def test_wrong_types(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_pictures_of_any_float_type():
+    """They are cast to the type of the weights, as every network of the package does it."""
+    model, images = tiny(), noise(2, 3, 16, 16)
+    exact = model.encode_image(images)
+    assert torch.allclose(model.encode_image(images.double()), exact, atol=1e-6)
+    assert relative_error(model.bfloat16().encode_image(images).float(), exact) < 0.05
+
+
+def test_training_asks_no_gpu(monkeypatch):
+    """Only the CPU's random numbers are set aside and seeded; the weights are those of the seed."""
+    asked, fork, seed_all = [], torch.random.fork_rng, torch.manual_seed
+
+    def built(model, *_, **__):
+        raise StopIteration(model)
+
+    monkeypatch.setattr(torch.random, "fork_rng", lambda *devices: asked.append(devices) or fork(*devices))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every GPU was seeded"))
+    monkeypatch.setattr("unet_course.clip.clip_data", lambda split: None)
+    monkeypatch.setattr("unet_course.clip.Trainer", built)
+    with pytest.raises(StopIteration) as stopped:
+        train_clip("nowhere", seed=3)
+    seed_all(3)
+    assert asked == [([],)] and all(torch.equal(a, b) for a, b in zip(stopped.value.value.parameters(), emoji_clip().parameters(), strict=True))
+
+
 class Oracle(CLIP):
     """Finds captions by given vectors."""
 
@@ -717,6 +749,51 @@ def test_data_are_as_the_model_wants():
     images, tokens = clip_data("pairs")
     assert images.shape[1:] == (3, 64, 64) and tokens.shape == (len(images), 4, 32)
     assert torch.equal(tokens[:, 0], small_tokenizer()(emoji("pairs")[1], 32))
+
+
+def test_what_the_loss_trains():
+    """As the chapter says of "clip skip": at the last layer the first end token alone, below it the words, too, and nowhere the padding."""
+    model, streams = CLIPTextModel(vocab_size=20, width=32, layers=3, heads=2, length=8), []
+    for layer in model.text_model.encoder.layers:
+        layer.register_forward_hook(lambda _, __, out: streams.append(out))
+    tokens = torch.tensor([[0, 5, 6, model.end, model.end, 0]])
+    spoken = model.pooled(tokens)[0, 0]
+    pulls = [torch.autograd.grad(spoken, stream, retain_graph=True)[0][0].norm(dim=-1) > 0 for stream in streams]
+    assert len(pulls) == 3 and pulls[-1].tolist() == [False, False, False, True, False, False]
+    assert all(pull.tolist() == [True] * 4 + [False] * 2 for pull in pulls[:-1])
+
+
+def test_tags_come_in_any_order():
+    """One reason why the towers hardly read it; the name stays in the first of the variants."""
+    rows = clip_captions(["grinning cat, noto"] * 50)
+    pairs = {tuple(text.split(", ")[:2]) for row in rows for text in row[1:]}
+    assert any(pair[::-1] in pairs for pair in pairs) and all(row[0] == "grinning cat, noto" for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------ exercises
+
+
+def test_other_right_answers():
+    """Solutions may be written in another way; wrong ones are in tests/exercises."""
+    from unet_course.exercises.clip import check_loss, check_pool, check_rows
+
+    def rows(ids, length, start, end):
+        made, rest = [], tuple(ids)
+        while rest or not made:
+            made.append(tuple(([start, *rest[: length - 2]] + [end] * length)[:length]))
+            rest = rest[length - 2 :]
+        return made
+
+    def loss(pictures, texts, scale, fits):
+        strong, own = (scale * pictures @ texts.T).exp(), torch.eye(len(fits))
+        kept = strong * (own + ~fits)
+        return -(2 * (strong * own).sum(1).log() - kept.sum(0).log() - kept.sum(1).log()).mean() / 2
+
+    def pool(states, tokens, end):
+        return torch.stack([row[1 : ids.tolist().index(end)].mean(0) for row, ids in zip(states, tokens)])
+
+    for feedback in (check_rows(rows), check_loss(loss), check_pool(pool)):
+        assert feedback.passed, feedback
 
 
 # ------------------------------------------------------------------------------------------------ what ships
@@ -797,6 +874,7 @@ def test_wrong_arguments(make, message):
         (lambda m: m.pooled(torch.zeros(2, 4, dtype=torch.long)), "without the end token"),
         (lambda m: ImageEncoder()(torch.zeros(2, 1, 16, 16)), "images must be"),
         (lambda m: ImageEncoder()(torch.zeros(2, 3, 15, 64)), "at least 16"),
+        (lambda m: ImageEncoder()(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)), "of a float type; got torch.uint8"),
         (lambda m: contrastive_loss(torch.zeros(2, 3), torch.zeros(3, 3)), "features must both"),
         (lambda m: small_tokenizer()([1, 2]), "texts must be a string"),
         (lambda m: small_tokenizer().ids(None), "texts must be a string"),

@@ -15,7 +15,7 @@ from torch import nn
 
 from unet_course.attention import ATTENTION, register_attention
 from unet_course.ddpm_unet import Level, Model, attention_levels, check_groups, check_map, per_example
-from unet_course.workbench import check_whole, compare, count_parameters, randomize, relative_error
+from unet_course.workbench import check_positive, check_probability, check_whole, compare, count_parameters, randomize, relative_error
 
 SMALL = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), resolution=16)
 ARGUMENTS = list(inspect.signature(Model).parameters)
@@ -320,6 +320,14 @@ class TestErrors:
         assert check_whole("n", 3) == 3 and attention_levels("a", {8}, [16, 8]) == [False, True]
         with pytest.raises(ValueError, match="n=1 must be a whole number of at least 2"):
             check_whole("n", 1, least=2)
+        assert check_probability("p", 1) == 1.0
+        for value in (-0.1, 1.1, float("nan"), True, "x", None):
+            with pytest.raises(ValueError, match=f"p={value!r} must be a probability"):
+                check_probability("p", value)
+        assert check_positive("p", 1) == 1.0 and check_positive("p", 0.5, most=0.5) == 0.5
+        for value in (0, -1.0, 2.1, float("nan"), True, "x", None):
+            with pytest.raises(ValueError, match=f"p={value!r} must be positive and at most 2, a number"):
+                check_positive("p", value, most=2)
         with pytest.raises(ValueError, match="width gives a level of 16 channels.*: 32$"):
             check_groups("width", [32, 16])
         check_map(torch.randn(1, 3, 4), 3, dims=1)

@@ -482,6 +482,7 @@ def test_bad_shift():
         ([0.9, 0.1], [0.1], None, "2 alphas, 1 sigmas"),
         ([0.9, 0.1], [0.1, 0.9], [1], "1 times"),
         ([], [], None, "alphas must be a list with a number for each step"),
+        (["a", "b"], [0.1, 0.9], None, "alphas must be a list with a number for each step"),
         (torch.ones(2, 2), torch.ones(2, 2), None, "alphas must be a list"),
         ([0.9, -0.1], [0.1, 0.9], None, "alphas must be finite and not negative"),
         ([0.9, 0.1], [0.1, math.inf], None, "sigmas must be finite"),
@@ -539,6 +540,10 @@ def test_bad_shapes():
     schedule, x, t = Schedule.linear(), random(4, 1, 5, 4), torch.arange(4)
     with pytest.raises(ValueError, match=r"noise must have the shape of x0, \(4, 1, 5, 4\); got \(1, 5, 4\)"):
         schedule.add_noise(x, x[0], t)
+    with pytest.raises(ValueError, match="noise must have the shape of x0"):
+        diffusion_loss(lambda x, times: x, x, schedule, noise=x[:2])
+    with pytest.raises(ValueError, match="like must hold floating-point numbers.*int64"):
+        schedule.add_noise(x.long(), x.long(), t)  # alpha and sigma would be rounded to 0
     for function in (target, to_x0, to_noise):
         with pytest.raises(ValueError, match=r"alpha must have as many axes as the pictures, 4; got the shape \(4,\)"):
             function("v", x, x, schedule.alphas[t].float(), 1.0)  # would be spread along the width

@@ -141,9 +141,9 @@ def test_bad_widths(dim):
     with pytest.raises(ValueError, match="^embedding_dim must be a whole number, 4 or more"):
         get_timestep_embedding(TIMES, dim)
     if dim != 1:
-        with pytest.raises(ValueError, match="^in_channels must be a positive whole number"):
+        with pytest.raises(ValueError, match="in_channels=.* must be a whole number"):
             TimestepEmbedding(dim)
-        with pytest.raises(ValueError, match="^time_embed_dim must be a positive whole number"):
+        with pytest.raises(ValueError, match="time_embed_dim=.* must be a whole number"):
             TimestepEmbedding(8, dim)
 
 

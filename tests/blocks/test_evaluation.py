@@ -231,6 +231,23 @@ def test_nearest():
     assert none[0].shape == none[1].shape == (0,)
 
 
+@pytest.mark.parametrize("types", [(torch.float16, torch.float32), (torch.float64, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float16)])
+def test_nearest_brings_its_inputs_together(types):
+    """Types may differ, and gradients may hang on them; the search is made in float32."""
+    samples, references = random(6, 2, 3, dtype=types[0]).requires_grad_(), random(9, 2, 3, seed=1, dtype=types[1])
+    distances, indices = nearest(samples, references)
+    apart = (samples[:, None].detach().float() - references[None].float()).flatten(2).norm(dim=2)
+    assert distances.dtype == torch.float32 and not distances.requires_grad
+    assert torch.allclose(distances, apart.amin(1), rtol=1e-4) and torch.equal(indices, apart.argmin(1))
+
+
+def test_judge_takes_a_list():
+    (images, labels), _ = unseen_digits()
+    assert judge(images[:20], labels[:20].tolist()) == judge(images[:20], labels[:20])
+    with pytest.raises(ValueError, match="labels must hold one digit for each of the 20"):
+        judge(images[:20], [3] * 10)
+
+
 # What is refused
 
 
@@ -253,6 +270,7 @@ def test_nearest():
         (lambda x: precision_recall(x, x, True), "k=True must be"),
         (lambda x: nearest(x, x[:, :2]), r"samples and references must be of one shape; got \(4,\) and \(2,\)"),
         (lambda x: nearest(x, x[:0]), "references is empty"),
+        (lambda x: nearest(x, x.long()), "samples and references must hold floating-point numbers"),
         (lambda x: judge(x), r"x must hold digits"),
         (lambda x: judge(torch.zeros(3, 1, 28, 28)), "samples must be 4 to 2,000"),
         (lambda x: judge(torch.zeros(2001, 1, 28, 28)), "samples must be 4 to 2,000"),

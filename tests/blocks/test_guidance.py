@@ -378,6 +378,7 @@ def test_random_arguments(batch, scale, rescale, low, high, by_name, step, shape
         (dict(null={"y": None}), "null for y is None"),
         (dict(interval=(2.0, 1.0)), "interval=(2.0, 1.0)"),
         (dict(interval=(-1.0, 1.0)), "interval=(-1.0, 1.0)"),
+        (dict(interval=(0.0, "1")), "interval=(0.0, '1')"),
         (dict(interval=(0.0, math.nan)), "interval=(0.0, nan)"),
         (dict(interval=(0.0, 1.0, 2.0)), "interval=(0.0, 1.0, 2.0)"),
         (dict(interval=0.5), "interval=0.5"),
@@ -404,6 +405,7 @@ def test_refused_at_construction(options, message):
         (NULL, dict(), "[]"),
         ({"label": NULL}, dict(y=LABELS), "['label']"),
         (NULL, dict(y=torch.arange(3)), "y must be one for all, or one for each of the 4"),
+        ({"y": NULL}, dict(y=["one"] * 4), "y must be numbers"),
         (1.5, dict(y=LABELS), "whole number"),
         (torch.zeros(2, dtype=torch.int64), dict(y=LABELS), "does not fit"),
         ({"context": torch.zeros(7, 6)}, dict(context=torch.zeros(4, 5, 6)), "(7, 6)"),
@@ -414,6 +416,12 @@ def test_refused_in_a_call(scale, null, told, message):
     with pytest.raises(ValueError) as error:
         Guided(Network(), scale, null=null)(X, TIMES, **told)
     assert message in str(error.value)
+
+
+def test_an_answer_without_spread():
+    """As an untrained network gives it: zeros have no standard deviation to be brought back to."""
+    guided = Guided(lambda x, times, y: torch.zeros_like(x), 3, null=NULL, rescale=0.5)
+    assert not guided(X, TIMES, y=LABELS).any()
 
 
 @pytest.mark.bad_input
@@ -442,3 +450,12 @@ def test_drop_labels_refuses(arguments, message):
     with pytest.raises(ValueError) as error:
         drop_labels(*arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("options", [dict(scale=1), dict(scale=0), dict(scale=3), dict(scale=3, interval=(0.0, 0.5)), dict(scale=3, interval=(1e8, 1e9)), dict(scale=3, rescale=0.5)], ids=str)
+def test_one_for_all_with_every_scale(options):
+    """A condition given once is everybody's, whether or not guidance acts; also as a list or a number."""
+    guided = Guided(Network(), null={"context": random(1, 6), "y": NULL}, schedule=Schedule.cosine(), **options)
+    one = random(1, 6, seed=1)
+    for_each = guided(X, TIMES, context=one.expand(4, 6), y=torch.full((4,), 3))
+    assert torch.equal(guided(X, TIMES, context=one, y=3), for_each) and torch.equal(guided(X, TIMES, context=one, y=[3] * 4), for_each)

@@ -377,6 +377,14 @@ def test_bad_arguments(make, message):
 
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize("eps", [-1, float("nan"), "x", None])
+def test_bad_eps(eps):
+    for make in (GroupNorm32, lambda groups, channels, eps: Normalize(channels, groups, eps)):
+        with pytest.raises(ValueError, match=f"eps={eps!r}"):
+            make(2, 4, eps=eps)
+
+
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [

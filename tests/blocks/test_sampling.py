@@ -496,7 +496,7 @@ def test_bad_number_of_steps(steps):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(
     ("steps", "told"),
-    [(0, "whole number from 1 to 1000"), (1001, "whole number"), ([], "the noisiest first"), ([1, 2, 3], "the noisiest first"), ([5, 5], "the noisiest first"),
+    [(0, "whole number from 1 to 1000"), (1001, "whole number"), ([], "the noisiest first"), ([1, 2, 3], "the noisiest first"), ([40, math.nan], "the noisiest first"), (2.5, "the noisiest first"), ([5, 5], "the noisiest first"),
      ([1000, 3], "0 … 999"), ([3, -1], "0 … 999"), ([3.5, 1], "whole numbers that fall")],
 )  # fmt: skip
 @pytest.mark.bad_input
@@ -580,3 +580,12 @@ def test_any_arguments(draws):
         warnings.simplefilter("error")
         check()
     assert sum(valid) / len(valid) >= 0.6, f"{sum(valid)} of {len(valid)}"
+
+
+def test_inpaint_keeps_the_type_of_the_walk():
+    """What is known may lie elsewhere or in a wider type; the walk stays as it is."""
+    x0, known = random(2, 1, 4, 4, dtype=torch.float64), torch.ones(4, 4, dtype=torch.bool)
+    schedule = Schedule.cosine()
+    for x in (random(2, 1, 4, 4).bfloat16(), random(2, 1, 4, 4)):
+        guess, noise = inpaint(denoiser(network, schedule), schedule, x0, known)(x, 500)
+        assert guess.dtype == noise.dtype == x.dtype and torch.equal(guess, x0.to(x.dtype))

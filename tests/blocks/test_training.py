@@ -117,6 +117,14 @@ def test_learning_rate():
 # The order of the data
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize("wrong", [dict(pieces=0), dict(pieces=-1), dict(ranks=0), dict(rank=-1), dict(workers=-1), dict(pieces=1.5), dict(ranks=True)], ids=str)
+def test_batches_refuse(wrong):
+    """Counts that are none name themselves."""
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
+        Batches(torch.arange(12), 4, **wrong)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(number=st.integers(4, 40), pieces=st.integers(1, 3), ranks=st.integers(1, 3), share=st.integers(1, 2), start=st.integers(0, 30), seed=st.integers(0, 5))
 def test_batches(number, pieces, ranks, share, start, seed):
@@ -155,6 +163,27 @@ def test_batches_of_a_data_set(workers):
     assert torch.equal(x.long(), epoch_order(10, 4, 0, 0)[1]) and torch.equal(y["square"], x.long() ** 2)
     sizes = [size for _, size in batches.in_order()]
     assert sizes == [4, 4, 2] and torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_draw_other_numbers(monkeypatch):
+    """What a data set draws in workers depends on seed, epoch and rank, and on nothing else."""
+    seeds = []
+
+    def loader(data, batch_sampler, num_workers, generator):
+        seeds.append(generator.initial_seed())
+        return iter(batch_sampler)
+
+    monkeypatch.setattr(training, "DataLoader", loader)
+
+    def drawn(seed, rank):
+        seeds.clear()
+        stream = Batches(Squares(), 4, seed, rank=rank, ranks=2, workers=2).since(0)
+        for _ in range(5):  # two steps an epoch
+            next(stream)
+        return list(seeds)
+
+    runs = [drawn(seed, rank) for seed in (0, 1) for rank in (0, 1)]
+    assert len({s for run in runs for s in run}) == 12 and drawn(1, 1) == runs[-1]
 
 
 def test_data_in_any_form():
@@ -217,6 +246,61 @@ def test_randomness_is_its_own():
     b.fit(9)
     assert torch.equal(torch.get_rng_state(), outside)
     assert [n for n in difference(a, b) if "validation" not in n] == []
+
+
+def test_other_devices_keep_their_numbers(monkeypatch):
+    """A training on the CPU seeds no GPU."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were seeded"))
+    torch.default_generator.manual_seed(3)
+    before = torch.get_rng_state()
+    random = training.Randomness(torch.device("cpu"), 5)
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(random.states["cpu"], torch.Generator().manual_seed(5).get_state())
+
+
+def test_processes_agree_on_the_best(tmp_path):
+    """Several processes decide by the mean of their exams."""
+
+    class Two:
+        """An accelerator as of two processes, the other of which has seen 7."""
+
+        num_processes = 2
+
+        def __init__(self, accelerator):
+            self.accelerator = accelerator
+
+        def __getattr__(self, name):
+            return getattr(self.accelerator, name)
+
+        def reduce(self, value, how):
+            return (value + 7) / 2
+
+    trainer = make(folder=tmp_path)
+    trainer.accelerator, trainer.evaluate = Two(trainer.accelerator), lambda: 1.0
+    trainer._look()
+    assert trainer.history["validation"] == [4.0] and trainer.best == (0, 4.0)
+
+
+def test_rates_of_groups():
+    """An optimiser with a rate for each group keeps their ratio."""
+
+    def two_rates(parameters, lr):
+        parameters = list(parameters)
+        return torch.optim.SGD([{"params": [p for p in parameters if p.ndim > 1], "lr": lr / 10}, {"params": [p for p in parameters if p.ndim < 2]}], lr=lr)
+
+    rates = []
+    trainer = make(optimizer=two_rates, learning_rate=0.5, every=1, callback=lambda t: rates.append([g["lr"] for g in t.optimizer.param_groups])).fit(6)
+    assert rates == [[pytest.approx(rate / 10), rate] for rate in trainer.history["learning_rate"]]
+
+
+def test_optimizer_of_other_parameters(tmp_path):
+    """It cannot be looked ahead, and is told so instead of being taken for another model's; nothing is changed."""
+    model = net()
+    options = dict(optimizer=lambda parameters, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), folder=tmp_path)
+    trainer = make(model, **options).fit(2)
+    before = {name: tensor.clone() for name, tensor in trainer.state().items()}
+    with pytest.raises(ValueError, match="^optimizer takes parameters from elsewhere"):
+        trainer.resume()
+    assert all(torch.equal(tensor, trainer.state()[name]) for name, tensor in before.items())
 
 
 def test_counts(tmp_path):
@@ -499,13 +583,50 @@ def test_every_argument_changes_something(option):
     [
         (dict(batch_size=0), "batch_size"), (dict(batch_size=61), "batch_size"), (dict(batch_size=10, accumulate=3), "accumulate"), (dict(accumulate=0), "accumulate"),
         (dict(learning_rate=0), "learning_rate"), (dict(learning_rate=-1.0), "learning_rate"), (dict(warmup=-1), "warmup"), (dict(warmup=1.5), "warmup"), (dict(decay=0), "decay"),
-        (dict(clip_gradients=0), "clip_gradients"), (dict(ema=1.0), "decay"), (dict(every=0), "every"), (dict(log_with="tensorboard"), "log_with"),
-        (dict(data=(X, Y[:3])), "different lengths"), (dict(mixed_precision="fp3"), "precision"),
+        (dict(clip_gradients=0), "clip_gradients"), (dict(ema=1.0), "^ema=1.0"), (dict(every=0), "every"), (dict(log_with="tensorboard"), "log_with"),
+        (dict(data=(X, Y[:3])), "different lengths"), (dict(mixed_precision="fp3"), "mixed_precision mode"),
+        (dict(config={"data": Path("x")}), "^config="), (dict(model=net().bfloat16()), "bfloat16"), (dict(model=nn.Linear(4, 1).half()), "float16"),
     ],
 )  # fmt: skip
 def test_refuses_arguments(option, name):
     with pytest.raises(ValueError, match=name):
         make(**option)
+
+
+def test_batches_of_ones_own():
+    """What they have decided is taken from them; to say the same once more is no contradiction."""
+    usual = make(accumulate=2, seed=3).fit(6)
+    assert usual.seed == 3
+    for options in (dict(batch_size=None), dict(accumulate=2), dict(batch_size=12, accumulate=2, seed=3, workers=0)):
+        own = make(data=Batches((X, Y), 12, seed=3, pieces=2), **options).fit(6)
+        assert not difference(usual, own) and own.settings == usual.settings and own.seed == 3
+    left_out = make(data=(X.repeat(2, 1), Y.repeat(2, 1)), batch_size=None).settings
+    assert (left_out["batch_size"], left_out["accumulate"], left_out["seed"]) == (64, 1, 0)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("option", [dict(batch_size=64), dict(accumulate=1), dict(seed=0), dict(workers=1)], ids=lambda option: next(iter(option)))
+def test_refuses_to_change_batches_of_ones_own(option):
+    """No argument is taken and not read, not even one that is the usual value."""
+    (name, value), batches = *option.items(), Batches((X, Y), 12, seed=3, pieces=2)
+    there = {"batch_size": 12, "accumulate": 2, "seed": 3, "workers": 0}[name]
+    with pytest.raises(ValueError, match=f"^{name}={value}, but data are batches with {name}={there}: leave {name} out"):
+        make(data=batches, **dict(batch_size=None) | option)
+
+
+def test_half_precision_that_is_not_trained():
+    """A frozen part may be in 16 bits."""
+    frozen = nn.Linear(4, 4).bfloat16().requires_grad_(False)
+    trainer = make(nn.Sequential(nn.Linear(4, 1), frozen), loss=lambda model, batch, generator: plain_loss(model[0], batch, generator))
+    assert trainer.fit(2).step == 2
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("goal", [dict(epochs=0.5), dict(steps=7.5), dict(steps=-1), dict(epochs=-1), dict(steps=True)], ids=str)
+def test_fit_counts_whole(tmp_path, goal):
+    """A goal that no step reaches would train without a look at the end."""
+    with pytest.raises(ValueError, match=f"^{next(iter(goal))}="):
+        make(folder=tmp_path).fit(**goal)
 
 
 @pytest.mark.parametrize("arguments", [dict(), dict(steps=3, epochs=1)])
@@ -529,6 +650,17 @@ def test_load_weights_that_were_halved(tmp_path):
     other = load_weights(net(seed=8), tmp_path / "small.safetensors")
     for a, b in zip(other.state_dict().values(), trainer.ema_model.state_dict().values()):
         assert a.dtype == b.dtype and torch.equal(a, b.half().float() if b.is_floating_point() else b)
+    ship(tmp_path / "last.safetensors", tmp_path / "short.safetensors", dtype=torch.bfloat16)
+    assert torch.equal(load_weights(net(seed=8), tmp_path / "short.safetensors")[0].weight, trainer.ema_model[0].weight.bfloat16().float())
+
+
+@pytest.mark.parametrize(("tensors", "state", "missing"), [({"ema.a": torch.zeros(1)}, {"config": {}}, "step, settings, versions"),
+                                                           ({"model.a": torch.zeros(1)}, dict(step=1, settings={}, config={}, versions={}), "averaged weights")])
+def test_ships_no_other_files(tmp_path, tensors, state, missing):
+    save_checkpoint(tmp_path / "other.safetensors", tensors, state)
+    with pytest.raises(CheckpointError, match=f"has no {missing}; nothing was written"):
+        ship(tmp_path / "other.safetensors", tmp_path / "small.safetensors")
+    assert not (tmp_path / "small.safetensors").exists()
 
 
 def test_tracker(tmp_path):
@@ -614,6 +746,9 @@ def test_bfloat16(tmp_path):
         second = make(net(seed=4), loss=loss, mixed_precision="bf16", folder=tmp_path)
         second.resume()
         second.fit(6)
+        for other in (None, "no"):
+            with pytest.raises(ValueError, match="trains in 'bf16' already"):
+                make(mixed_precision=other)
     finally:
         AcceleratorState._reset_state()
     assert not [name for name in difference(whole, second) if "validation" not in name] and difference(exact, whole)

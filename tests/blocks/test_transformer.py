@@ -371,6 +371,8 @@ def test_wrong_arguments(make, message):
     ("make", "message"),
     [
         (lambda: GEGLU(2.5, 4), "dim_in=2.5"),
+        (lambda: FeedForward(8, mult=float("inf")), "mult=inf"),
+        (lambda: FeedForward(8, dropout="x"), "dropout='x'"),
         (lambda: BasicTransformerBlock(32, "8", 16), "n_heads='8'"),
         (lambda: SpatialTransformer(32, 2, 16, depth=True), "depth=True"),
     ],

@@ -665,6 +665,16 @@ class TestErrors:
             small(**options)(**{"x": PICTURE, "timesteps": 5, **inputs})
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize("y", [[0, 4], 4, -1, torch.tensor([0, 4])], ids=str)
+def test_labels_are_looked_at_before_they_travel(y):
+    """Labels that lie on the CPU are checked wherever the network is; on a GPU it would be too late."""
+    net = small(num_classes=4).to("meta")
+    with pytest.raises(ValueError, match="y must be from 0 to 3, got .*(4|-1)"):
+        net(PICTURE.to("meta"), 5, y=y)
+    assert net(PICTURE.to("meta"), 5, y=[0, 3]).shape == PICTURE.shape
+
+
 BAD = {  # one of them may be put among arguments that fit
     "image_size": 0,
     "in_channels": 0,

@@ -17,6 +17,7 @@ from torch import nn
 
 from unet_course.attention import ATTENTION, register_attention
 from unet_course.data import shape_scores, shapes
+from unet_course.latent_diffusion import FoldedPixels
 from unet_course.training import save_checkpoint
 from unet_course.vae import (
     KL_WEIGHT,
@@ -375,6 +376,7 @@ class TestArguments:
             (dict(attn_resolutions=(4,)), "attn_resolutions has 4, .* 16, 8"),
             (dict(attn_resolutions="16"), "attn_resolutions='16'"),
             (dict(dropout=1.5), "dropout=1.5"),
+            (dict(dropout=True), "dropout=True"),
             (dict(dropout=math.nan), "dropout=nan"),
             (dict(dropout=None), "dropout=None"),
             (dict(dropout="x"), "dropout='x'"),
@@ -406,7 +408,9 @@ class TestArguments:
             (lambda vae: psnr(torch.zeros(8), torch.zeros(8)), r"\(batch, channels"),
             (lambda vae: psnr(*[torch.zeros(1, 3, 8, 8, dtype=torch.uint8)] * 2), "uint8"),
             (lambda vae: scale_factor(vae, torch.zeros(0, 3, 8, 8)), "images is empty"),
+            (lambda vae: scale_factor(vae, torch.full((2, 3, 8, 8), math.nan)), "images must give finite latents .* nan"),
             (lambda vae: train_vae("nowhere", steps=0), "steps=0"),
+            (lambda vae: train_vae("nowhere", seed=0.5), "seed=0.5"),
             (lambda vae: scale_factor(vae, torch.randn(2, 3, 8, 8), batch_size=0), "batch_size=0"),
             (lambda vae: tiled_decode(vae, torch.randn(1, 4, 8, 8), tile=0), "tile=0"),
             (lambda vae: tiled_decode(vae, torch.randn(1, 4, 8, 8), tile=4, overlap=1), "overlap=1 is too small .* up to 7"),
@@ -431,6 +435,27 @@ class TestMeasures:
         latents = vae.encode(images).sample(seeded())
         assert scale_factor(vae, images, seeded(), batch_size=10) == pytest.approx(1 / latents.std().item())
         assert scale_factor(vae, images, seeded(), batch_size=3) == pytest.approx(1 / latents.std().item(), rel=0.1)
+
+    @pytest.mark.bad_input  # for it is no `AutoencoderKL`
+    def test_scale_factor_without_weights(self):
+        images = 3 * torch.randn(10, 3, 8, 8)
+        assert scale_factor(FoldedPixels(), images) == pytest.approx(1 / images.std().item(), rel=1e-4)
+
+    def test_training_asks_no_gpu(self, monkeypatch):
+        """Only the CPU's random numbers are set aside and seeded; the weights are those of the seed."""
+        asked, fork, seed_all = [], torch.random.fork_rng, torch.manual_seed
+
+        def built(model, *_, **__):
+            raise StopIteration(model)
+
+        monkeypatch.setattr(torch.random, "fork_rng", lambda *devices: asked.append(devices) or fork(*devices))
+        monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every GPU was seeded"))
+        monkeypatch.setattr("unet_course.vae._pictures", lambda split: None)
+        monkeypatch.setattr("unet_course.vae.Trainer", built)
+        with pytest.raises(StopIteration) as stopped:
+            train_vae("nowhere", seed=3)
+        seed_all(3)
+        assert asked == [([],)] and all(torch.equal(a, b) for a, b in zip(stopped.value.value.parameters(), emoji_vae().parameters(), strict=True))
 
     def test_loss(self):
         """Absolute and squared error, per number; the divergence per number of the latent, weighted; the mean over sizes; half are mirrored."""

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unet_course.exercises.unet import check_add_class, check_attention, check_decode, check_skips, check_words_only
+from unet_course.exercises.unet import check_add_class, check_decode, check_skips, check_words_only
 
 KEPT, TAKES = [64, 64, 64, 64, 192, 192], [384, 384, 256, 256, 128, 128]
 
@@ -60,12 +60,6 @@ WRONG = [
     (check_skips, (KEPT, [384, 384, 256, 128, 128, 128]), "still has the lower level's"),
     (check_skips, (KEPT, [384, 384, 256, 192, 128, 128]), "from the end"),
     (check_skips, (64, TAKES), "list of whole numbers"),
-    (check_attention, ([32, 16, 8], 22), "sizes in pixels"),
-    (check_attention, ([1, 2, 4], 22), "divide 64"),
-    (check_attention, ([2, 4, 8], 21), "one place has attention"),
-    (check_attention, ([2, 4, 8], 18), "one residual block more"),
-    (check_attention, ([2, 4, 8], 10), "way down and the middle"),
-    (check_attention, ([2, 4, 8], 100), "in both arms"),
     (check_decode, (decode_with(lambda skips: skips.pop(0), resize=True),), "wrong end"),
     (check_decode, (decode_with(join=lambda h, skip: [skip, h]),), "h first"),
     (check_decode, (decode_with(join=lambda h, skip: [h, torch.zeros_like(skip)]),), "does not look"),

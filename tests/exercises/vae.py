@@ -58,6 +58,18 @@ def fold(bias=lambda mixing, conv, point: mixing @ conv.bias + point.bias, equat
     return answer
 
 
+def recorded(conv, point):
+    one = nn.Conv2d(conv.in_channels, point.out_channels, 3, padding=1)
+    one.bias.copy_(point.bias)
+    return one
+
+
+def overwritten(conv, point):
+    with torch.no_grad():
+        conv.weight.copy_(torch.einsum("om,mihw->oihw", point.weight[:, :, 0, 0], conv.weight))
+    return conv
+
+
 WRONG = [
     (check_places, ((8, 64, 96), 48, (600, 448)), "four of them are means"),
     (check_places, ((4, 32, 48), 48, (600, 448)), "three"),
@@ -66,7 +78,9 @@ WRONG = [
     (check_places, ((4, 64, 96), 192, (600, 448)), "each place holds four"),
     (check_places, ((4, 64, 96), 64, (600, 448)), "a pixel has three numbers"),
     (check_places, ((4, 64, 96), 12, (600, 448)), "count the numbers"),
-    (check_places, ((4, 64, 96), 48, (601, 450)), "an eighth"),
+    (check_places, ((1, 4, 64, 96), 48, (600, 448)), "the axis of the batch"),
+    (check_places, ((4, 64, 96), 48, (3, 600, 448)), "height and width only"),
+    (check_places, ((4, 64, 96), 48, (601, 450)), "whole places only"),
     (check_places, ((4, 64, 96), 48, (608, 456)), "not up"),
     (check_places, ((4, 64, 96), 48, (75, 56)), "double three times"),
     (check_draw, (draw(lambda m, v, n: m + v.exp() * n),), "by the variance"),
@@ -76,6 +90,12 @@ WRONG = [
     (check_draw, (draw(lambda m, v, n: m),), "noise is missing"),
     (check_draw, (draw(lambda m, v, n: m + 2 ** (0.5 * v) * n),), "natural"),
     (check_draw, (striped,), "two halves"),
+    (check_draw, (draw(lambda m, v, n: right(m, v, torch.randn_like(m))),), "dice of your own"),
+    (check_draw, (draw(lambda m, v, n: torch.normal(m, (0.5 * v).exp())),), "dice of your own"),
+    (check_draw, (draw(lambda m, v, n: right(m, v, torch.ones_like(m))),), "dice of your own"),
+    (check_draw, (lambda moments, noise: right(*moments.chunk(2), noise),), "halves the batch"),
+    (check_draw, (lambda moments, noise: right(moments[:, :3], moments[:, 3:].clamp_(-30, 20), noise),), "`clamp`, not"),
+    (check_draw, (lambda moments, noise: right(*moments.chunk(2, 1), noise.long() @ noise),), "raised"),
     (check_draw, (draw(lambda m, v, n: 2 * right(m, v, n)),), "DiagonalGaussian"),
     (check_draw, (draw(lambda m, v, n: right(m, v, n).detach()),), "no gradient"),
     (check_draw, (draw(lambda m, v, n: m.detach() + (0.5 * v).exp() * n),), "only one of mean and log-variance"),
@@ -109,5 +129,9 @@ WRONG = [
     (check_fold, (lambda conv, point: nn.Sequential(conv, point),), "two layers"),
     (check_fold, (lambda conv, point: lambda x: point(conv(x)),), "two layers"),
     (check_fold, (lambda conv, point: conv.weight,), "a layer to call"),
+    (check_fold, (recorded,), "no_grad"),
+    (check_fold, (fold(lambda mixing, conv, point: conv.bias + point.bias),), "through the mixing"),
+    (check_fold, (overwritten,), "a new one"),
+    (check_fold, (lambda conv, point: conv.weight @ point.bias,), "raised"),
     (check_fold, (fold(change=True, equation="", bias=lambda mixing, conv, point: conv.bias + 1),), "have changed"),
 ]

@@ -18,6 +18,8 @@ def check_places(
 ):
     "Three predictions about Stable Diffusion's VAE."
     latent, returned = tuple(latent), tuple(returned)
+    if len(latent) == 4:
+        raise Wrong("latent: three numbers, (channels, height, width). One picture is asked about: leave out the axis of the batch.")
     if latent == (8, 64, 96):
         raise Wrong("latent: eight channels leave the encoder, but four of them are means and four log-variances. The latent has as many as there are means.")
     if latent == (4, 32, 48):
@@ -32,8 +34,10 @@ def check_places(
         raise Wrong("times: 64 pixels share a place, but a pixel has three numbers and a place has four.")
     if times != 48:
         raise Wrong("times: count the numbers of the picture, all three channels, and those of the latent, and divide.")
+    if len(returned) != 2:
+        raise Wrong("returned: two numbers, height and width only; leave out channels and batch.")
     if returned == (601, 450):
-        raise Wrong("returned: the encoder cannot make an eighth of a place. 601 is halved to 300, then 150, then 75.")
+        raise Wrong("returned: a latent has whole places only, each eight pixels wide, and 601 is no multiple of 8. It is halved to 300, then 150, then 75.")
     if returned == (608, 456):
         raise Wrong("returned: odd sizes round down here, not up: with one zero at the end, a window that starts at the very last pixel does not fit.")
     if returned != (600, 448):
@@ -50,7 +54,14 @@ def check_draw(
     noise = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
     mean, logvar = moments.chunk(2, 1)
     source = moments.clone().requires_grad_()
-    answer = expect_tensor(draw(source, noise), (2, 3, 4, 5))
+    try:
+        answer = expect_tensor(draw(source, noise), (2, 3, 4, 5))
+    except RuntimeError as error:
+        if "size of tensor" in str(error):
+            raise Wrong(f"The shapes do not fit: {error}. `chunk(2)` without `dim=1` halves the batch instead of the channels.") from error
+        if "inplace" in str(error) or "in-place" in str(error):
+            raise Wrong("You change `moments` itself, and gradients cannot pass that. Methods that end in _ do so: write `clamp`, not `clamp_`.") from error
+        raise
     mistakes = {
         "You multiply the noise by the variance, exp(logvar). Its square root is asked for: exp(logvar / 2).": mean + logvar.exp() * noise,
         "You multiply the noise by the logarithm itself. Take exp of half of it first.": mean + logvar * noise,
@@ -65,6 +76,8 @@ def check_draw(
         for diagnosis, wrong in mistakes.items():
             if relative_error(answer, wrong) < 1e-9:
                 raise Wrong(diagnosis)
+        if relative_error(answer, draw(source, noise)) > 1e-9 or relative_error(answer, draw(source, 2 * noise)) < 1e-9:
+            raise Wrong("You throw dice of your own. They are thrown already: compute with the `noise` that is given, so that the same noise gives the same latent.")
         raise Wrong("That is not mean + exp(logvar / 2) · noise. Compare with `DiagonalGaussian`.")
     slope = torch.autograd.grad(answer.sum(), source, allow_unused=True)[0] if answer.requires_grad else None
     if slope is None:
@@ -169,7 +182,15 @@ def check_fold(
         conv, point = nn.Conv2d(5, 4, 3, padding=1), nn.Conv2d(4, 6, 1)
         x = torch.randn(2, 5, 7, 6)
     before = [p.clone() for p in (*conv.parameters(), *point.parameters())]
-    one = fold(conv, point)
+    try:
+        one = fold(conv, point)
+    except RuntimeError as error:
+        if "in-place" in str(error):
+            raise Wrong("Parameters can be written to only where no gradients are recorded: put the lines with `copy_` inside `with torch.no_grad():`.") from error
+        if "size of tensor" in str(error):
+            raise Wrong(f"{error}. conv gives 4 channels here, point 6: kernels and bias of conv must pass through the mixing before they meet anything of point's, "
+                        "and the layer to write them into is a new one, with point's outputs.") from error
+        raise
     if not callable(one):
         raise Wrong(f"fold should give back a layer to call, such as an `nn.Conv2d`; it gave a {type(one).__name__}.")
     if not isinstance(one, nn.Conv2d):
