@@ -32,7 +32,7 @@ def table():
 def alone(table, monkeypatch):
     """Without the processes for peak memory, which take seconds each, and with a peak that need not be measured."""
     monkeypatch.setattr(table, "peak_memory", lambda *words: 100.0)
-    monkeypatch.setattr(table, "peak_rate", lambda dtype: 1e9)
+    monkeypatch.setattr(table, "peak_rates", lambda dtype: dict(product=5e8, peak=1e9))
     return table
 
 
@@ -129,7 +129,7 @@ def test_rows_are_kept_and_not_measured_again(alone, files, monkeypatch, capsys)
 def test_record(alone):
     """A row holds all that the table says, and says where it is from."""
     record = json.loads(json.dumps(alone.measure("tiny-text", "float32", 3, ["eager", "channels last"])))
-    assert {"row", "dtype", "machine", "date", "versions", "rounds", "settings", "peak", "sides"} == set(record)
+    assert {"row", "dtype", "machine", "date", "versions", "rounds", "settings", "peak", "product", "sides"} == set(record)
     for side in record["sides"].values():
         assert len(side["eager"]) == len(side["best"]) == 3 and set(side["tried"]) == {"eager", "channels last"} and side["setting"] in side["tried"]
     cells = alone.line(record, "transformers")

@@ -201,6 +201,7 @@ class TextToImage(nn.Module):
         latents: Float[Tensor, "batch channels rows columns"],  # As the U-Net sees them
     ) -> Float[Tensor, "batch 3 height width"]:
         "The pictures of latents, in [-1, 1]."
+        latents = latents.to(self.device)
         return self.vae.decode(latents / self.scale_factor).clamp(-1, 1)
 
     def latent_shape(

@@ -195,7 +195,7 @@ def _inference_draws_nothing() -> bool:
 def _arguments_stay() -> bool:
     "What was decoded is as it was."
     latents, codec = torch.ones(1, 3, 2, 2), SimpleNamespace(decode=lambda z: z)
-    TextToImage.decode(SimpleNamespace(vae=codec, scale_factor=2.0), latents)
+    TextToImage.decode(SimpleNamespace(vae=codec, scale_factor=2.0, device=latents.device), latents)
     return bool((latents == 1).all())
 
 # %% ../nbs/20_bug_museum.ipynb #56b6ae78
