@@ -27,7 +27,7 @@ import torch
 from measure import alternate, machine, own_peak, peak_memory, summary
 from rows import HIDDEN, IMPORTS, LUCIDRAINS, ROWS, Side, job, warm_imports
 
-from unet_course.speed import best_time, machine_peaks, measure_work
+from unet_course.speed import best_time, machine_peaks, measure_work, pack, unpack
 from unet_course.workbench import best_device, count_parameters, relative_error
 
 HERE = Path(__file__).parent
@@ -37,7 +37,9 @@ SETTINGS = {  # name: memory format, compiled
     "channels last": (torch.channels_last, False),
     "compiled": (torch.contiguous_format, True),
     "compiled, channels last": (torch.channels_last, True),
+    "packed": (torch.contiguous_format, False),
 }
+PACKED = "packed"  # by `unet_course.speed.pack`, as `make_fast` does it: for drawing, on a processor; the peers have nothing of the kind
 MARGIN = 0.03  # who is not faster by this share is not faster
 START, END = "<!-- table: begin -->", "<!-- table: end -->"
 
@@ -67,11 +69,14 @@ def cast(side: Side, dtype: str) -> Side:
 def put_on(side: Side, setting: str) -> None:
     """Order channels, compile or stop compiling."""
     memory, compiled = SETTINGS[setting]
+    unpack(side.network)
     side.hot._compiled_call_impl = None
     side.network.to(memory_format=memory)
     side.inputs = tuple(x.contiguous(memory_format=memory) if x.ndim == 4 else x for x in side.inputs)
     if compiled:
         side.hot.compile()
+    if setting == PACKED and not pack(side.network):
+        raise ValueError("nothing to pack")
 
 
 def built(name: str, dtype: str) -> dict[str, Side]:
@@ -112,6 +117,8 @@ def try_settings(sides: dict[str, Side], train: bool, names: Iterable[str], roun
     for name in names:
         jobs = {}
         for who, side in sides.items():
+            if name == PACKED and (who != "ours" or train):
+                continue
             try:
                 torch._dynamo.reset() if not jobs else None
                 put_on(side, name)
@@ -120,7 +127,7 @@ def try_settings(sides: dict[str, Side], train: bool, names: Iterable[str], roun
             except Exception as error:  # no compiler, no kernel: then it is not a setting here
                 jobs.pop(who, None)
                 tried[who][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
-        for who, seconds in alternate(jobs, rounds, warmup=1).items():
+        for who, seconds in alternate(jobs, rounds, warmup=1).items() if jobs else ():
             tried[who][name] = statistics.median(seconds)
     return tried
 
@@ -155,7 +162,9 @@ def measure(name: str, dtype: str, rounds: int, settings: list[str]) -> dict:
     gc.collect()
     for who in found:
         layout = found[who]["setting"].replace("compiled, ", "").replace("compiled", "eager")
-        found[who]["mib"] = peak_memory(__file__, "--memory", name, who, dtype, layout, "--threads", str(torch.get_num_threads()))
+        words = ("--threads", str(torch.get_num_threads()))
+        found[who]["mib"] = peak_memory(__file__, "--memory", name, who, dtype, layout, *words)
+        found[who]["mib_eager"] = found[who]["mib"] if layout == "eager" else peak_memory(__file__, "--memory", name, who, dtype, "eager", *words)
     return record | {"sides": found}
 
 
@@ -282,13 +291,13 @@ def line(record: dict, peer: str) -> list[str]:
     return [
         (ROWS | HIDDEN)[record["row"]].what, record["dtype"], peer, duration(ours["eager"]), duration(theirs["eager"]), ratio(ours["eager"], theirs["eager"]),
         *best, ratio(ours["best"], theirs["best"]), f"{share(record, 'ours')}, {share(record, peer)}",
-        f"{ours['mib']:.0f}, {theirs['mib']:.0f}", f"{ours['mib'] / theirs['mib']:.2f}", difference,
+        *(f"{ours[key]:.0f}, {theirs[key]:.0f}: **{ours[key] / theirs[key]:.2f}**" for key in ("mib_eager", "mib")), difference,
     ]  # fmt: skip
 
 
 HEAD = ["what", "dtype", "against", "ours, eager", "theirs, eager", "ours / theirs, eager",
         "ours, best setting", "theirs, best setting", "ours / theirs, best settings",
-        "of the peak (of `@`): ours, theirs", "peak MiB: ours, theirs", "memory: ours / theirs", "difference of answers"]  # fmt: skip
+        "of the peak (of `@`): ours, theirs", "peak MiB, eager: ours, theirs, ratio", "peak MiB, best settings", "difference of answers"]  # fmt: skip
 IMPORT_HEAD = ["statement", "time", "/ `import torch`", "peak MiB"]
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'SETTINGS', 'REGIONS', 'time_in_turns', 'Work', 'Operation', 'measure_work', 'best_time', 'Peaks',
-           'machine_peaks', 'time_operations', 'Trial', 'SpeedReport', 'make_fast', 'TextCache', 'cached_text', 'Reuse',
-           'reuse_features']
+           'machine_peaks', 'time_operations', 'pack', 'unpack', 'Trial', 'SpeedReport', 'make_fast', 'TextCache',
+           'cached_text', 'Reuse', 'reuse_features']
 
 # %% ../nbs/18_speed.ipynb #6879f295
 import gc
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -225,12 +226,83 @@ def time_operations(
     return [same[0]._replace(seconds=min(o.seconds for o in same)) for same in zip(*runs)]
 
 # %% ../nbs/18_speed.ipynb #1e5c0a0b
+def _own_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    "Its class's `forward`, which copies of a packed layer have, and layers that are read from a file."
+    return MethodType(type(layer).forward, layer)
+
+
+class _Packed:
+    "The `forward` of a linear layer or a convolution, with the weight in the order of its kernel."
+
+    def __init__(self, layer: nn.Module):
+        self.layer, self.weight, self.known = layer, None, None
+
+    def __reduce__(self) -> tuple:
+        return _own_forward, (self.layer,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, ops = self.layer, torch.ops.mkldnn
+        if self._unfit(x):
+            return type(layer).forward(layer, x)
+        known = (x.shape, layer.weight.data_ptr(), layer.weight._version)
+        if known != self.known:  # another size, or other weights
+            self.weight, self.known = self._pack(x.shape), known
+        if isinstance(layer, nn.Linear):
+            return ops._linear_pointwise(x.contiguous(), self.weight, layer.bias, "none", [], "")
+        x = x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+        return ops._convolution_pointwise(x, self.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups, "none", [], "")
+
+    def _unfit(self, x: Tensor) -> bool:
+        "Where the layer's own way is taken: for gradients, for compilers and meters, for other kinds of numbers and places."
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled("cpu")
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.layer.parameters()))
+        odd = x.dtype != self.layer.weight.dtype or x.device.type != "cpu" or not x.numel() or isinstance(self.layer, nn.Conv2d) and x.ndim != 4
+        return watched or learns or odd
+
+    def _pack(self, shape: torch.Size) -> Tensor:
+        layer, ops, weight = self.layer, torch.ops.mkldnn, self.layer.weight.detach()
+        if isinstance(layer, nn.Linear):
+            return ops._reorder_linear_weight(weight, math.prod(shape[:-1]))
+        return ops._reorder_convolution_weight(weight, layer.padding, layer.stride, layer.dilation, layer.groups, shape)
+
+
+def _packable(module: nn.Module) -> list[nn.Module]:
+    "The layers that can be packed: plain ones, on a processor, in a PyTorch that has the operations."
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return []
+    plain = [m for m in module.modules() if type(m).forward in (nn.Linear.forward, nn.Conv2d.forward) and m.weight.device.type == "cpu"]
+    return [m for m in plain if isinstance(m, nn.Linear) or m.padding_mode == "zeros" and not isinstance(m.padding, str)]
+
+# %% ../nbs/18_speed.ipynb #deaa4efc
+def pack(
+    module: nn.Module,  # For drawing only; changed in place
+) -> int:  # How many layers
+    "Let linear layers and two-dimensional convolutions keep a copy of their weights in their kernel's order, made at the first call."
+    layers = [m for m in _packable(module) if m.__dict__.get("forward") in (None, _own_forward(m))]
+    for layer in layers:
+        layer.forward = _Packed(layer)
+    return len(layers)
+
+
+def unpack(
+    module: nn.Module,  # Perhaps packed
+) -> int:  # How many layers
+    "Undo `pack`."
+    layers = [m for m in module.modules() if isinstance(m.__dict__.get("forward"), _Packed)]
+    for layer in layers:
+        del layer.forward
+    return len(layers)
+
+
+# %% ../nbs/18_speed.ipynb #bfcc07e1
 MARGIN = 0.03  # who is not faster by this share is not faster
-SETTINGS = {  # name: dtype, and whether channels come last
-    "float32": (torch.float32, False),
-    "float32, channels last": (torch.float32, True),
-    "bfloat16": (torch.bfloat16, False),
-    "bfloat16, channels last": (torch.bfloat16, True),
+SETTINGS = {  # name: dtype, whether channels come last, whether weights are packed
+    "float32": (torch.float32, False, False),
+    "float32, channels last": (torch.float32, True, False),
+    "float32, packed": (torch.float32, False, True),
+    "bfloat16": (torch.bfloat16, False, False),
+    "bfloat16, channels last": (torch.bfloat16, True, False),
+    "bfloat16, packed": (torch.bfloat16, False, True),
 }
 REGIONS = (ResBlock, ResnetBlock, BasicTransformerBlock, CLIPLayer)  # what a network repeats
 
@@ -248,6 +320,7 @@ class _Weights:
 
     def restore(self) -> None:
         "Put them back."
+        unpack(self.module)
         for name, p in self.module.named_parameters():
             p.grad = None  # perhaps of another dtype
             p.data, p.grad = self.parameters[name]
@@ -260,7 +333,7 @@ class _Weights:
     def put_on(self, setting: str) -> None:
         "From the weights as they were to a setting."
         self.restore()
-        dtype, last = SETTINGS[setting.removesuffix(", compiled")]
+        dtype, last, packed = SETTINGS[setting.removesuffix(", compiled")]
         if last or dtype != torch.float32:
             self.module.zero_grad()  # what is converted in place would not come back as it was
         if last:
@@ -270,6 +343,8 @@ class _Weights:
             unets = [m for m in self.module.modules() if hasattr(m, "convert_torso")]
             for part in unets or [self.module]:
                 getattr(part, "convert_torso", part.to)(dtype)
+        if packed:
+            pack(self.module)
         if setting.endswith(", compiled"):
             for region in self.regions:
                 if region not in self.compiled:
@@ -339,8 +414,8 @@ def _first(answer: object) -> Tensor:
 
 def _settings(module: nn.Module) -> list[str]:
     "Those that can make a difference; where no weight has 4 or 5 axes, there are no channels to order."
-    maps = any(p.ndim in (4, 5) for p in module.parameters())
-    return [name for name, (_, last) in SETTINGS.items() if maps or not last]
+    maps, layers = any(p.ndim in (4, 5) for p in module.parameters()), _packable(module)
+    return [name for name, (_, last, packed) in SETTINGS.items() if (maps or not last) and (layers or not packed)]
 
 
 _Measured = dict[str, tuple[float, float, str]]  # for each setting: median seconds, error, complaint
@@ -411,6 +486,8 @@ def _check_fast(model: object, bound: object, settings: Sequence[str] | None) ->
         raise ValueError(f"model={type(model).__name__} must be a network with parameters, or a TextToImage")
     if odd := {p.dtype for p in model.parameters()} - {torch.float32}:
         raise ValueError(f"model must be in float32, against which errors are measured; it has {odd.pop()}")
+    if any(isinstance(m.__dict__.get("forward"), _Packed) for m in model.modules()):
+        raise ValueError("model is packed; make_fast begins with a model as it was: call report.undo(), or unpack(model), first")
     if any(m.training for m in model.modules()):
         raise ValueError("model or a part of it is in training mode; make_fast is for drawing: call model.eval() first")
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0:
@@ -449,7 +526,7 @@ def make_fast(
             measured = _race(weights, names, runs, rounds)
             found = _choose(part, measured, bound)
             if compile and weights.regions:
-                best = next(t.setting for t in found if t.chosen)
+                best = min((t for t in found if not t.note and "packed" not in t.setting), key=lambda t: t.seconds).setting
                 found = _choose(part, measured | _compiled(weights, best, measured[best][0], runs, rounds), bound)
             weights.put_on(next(t.setting for t in found if t.chosen))
             trials += found

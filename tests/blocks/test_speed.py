@@ -1,7 +1,9 @@
 """Speed: counts that are right, settings that can be taken back, caches that are exact, reuse that is what it says."""
 
 import math
+import pickle
 from collections import Counter
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -34,9 +36,11 @@ from unet_course.speed import (
     machine_peaks,
     make_fast,
     measure_work,
+    pack,
     reuse_features,
     time_in_turns,
     time_operations,
+    unpack,
 )
 from unet_course.stable_diffusion import SD1, InTurn, build, tiny
 from unet_course.unet import UNetModel
@@ -240,22 +244,28 @@ def test_every_network(name):
     same, report = make_fast(model, *inputs, rounds=1, **options)
     assert same is model and not any(t.note for t in report.trials), report
     maps = name not in ("UNetND 1", "CLIP")
-    assert [t.setting for t in report.trials] == [s for s, (_, last) in SETTINGS.items() if maps or not last]
+    layers = name not in ("UNetND 1", "UNetND 3")  # has some that can be packed
+    assert [t.setting for t in report.trials] == [s for s, (_, last, packed) in SETTINGS.items() if (maps or not last) and (layers or not packed)]
     errors = {t.setting: t.error for t in report.trials}
     assert errors["float32"] == 0 and 1e-4 < errors["bfloat16"] <= 0.02 and sum(t.chosen for t in report.trials) == 1
     if maps:
         assert errors["float32, channels last"] < 1e-5
+    if layers:
+        assert errors["float32, packed"] < 1e-5 and abs(errors["bfloat16, packed"] - errors["bfloat16"]) < 0.005
     report.undo()
+    assert not any("forward" in m.__dict__ for m in model.modules())
     for key, value in model.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, state[key][0]) and value.stride() == state[key][1], key
 
 
 def test_each_setting_is_put_on():
     """What is chosen is what the network is left in."""
-    for setting, (dtype, last) in SETTINGS.items():
+    for setting, (dtype, last, packed) in SETTINGS.items():
         net = unet()
         _Weights(net).put_on(setting)
-        weight = net.input_blocks[1][0].in_layers[2].weight
+        layer = net.input_blocks[1][0].in_layers[2]
+        weight = layer.weight
+        assert ("forward" in layer.__dict__) == packed and unpack(net) == (len(speed._packable(net)) if packed else 0)
         assert weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last) == last
         assert net.time_embed[0].weight.dtype == torch.float32
 
@@ -382,6 +392,72 @@ def test_compiled():
     assert any(m._compiled_call_impl for m in net.modules()) == last.chosen
     report.undo()
     assert torch.equal(net(x, 5), before) and not any(m._compiled_call_impl for m in net.modules())
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(13, 7), [random(3, 13), random(13), random(2, 4, 13), random(4, 13, 2).mT]),
+    "linear without bias": (lambda: nn.Linear(64, 32, bias=False), [random(5, 64)]),
+    "groups, stride": (lambda: nn.Conv2d(6, 9, 3, 2, 1, groups=3),
+                       [random(1, 6, 9, 7), random(2, 6, 8, 8).contiguous(memory_format=torch.channels_last), random(6, 9, 9), random(2, 6, 16, 16)[:, :, ::2]]),
+    "dilation": (lambda: nn.Conv2d(4, 8, 3, padding=(1, 0), dilation=2, bias=False), [random(2, 4, 11, 5), random(0, 4, 11, 5)]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_packed_layers_compute_the_same(name, dtype):
+    """For any shape, strides and order of sizes; after a change of the weights; in copies, which are not packed."""
+    make, inputs = LAYERS[name]
+    layer, bound = make().to(dtype), 1e-5 if dtype == torch.float32 else 0.01
+    truths = [layer(x.to(dtype)) for x in inputs]
+    assert pack(layer) == 1 and pack(layer) == 0
+    for x, truth in [*zip(inputs, truths)] * 2:
+        answer = layer(x.to(dtype))
+        assert answer.shape == truth.shape and answer.dtype == dtype and (not x.numel() or relative_error(answer.float(), truth.float()) < bound)
+    for copy in (deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(copy(inputs[0].to(dtype)), truths[0]) and copy.weight is not layer.weight and pack(copy) == 1
+    layer.weight.mul_(2)
+    layer.bias is not None and layer.bias.mul_(2)
+    assert relative_error(layer(inputs[0].to(dtype)).float(), 2 * truths[0].float()) < bound
+    layer.load_state_dict(make().to(dtype).state_dict())
+    new = layer(inputs[0].to(dtype))
+    assert unpack(layer) == 1 and unpack(layer) == 0
+    assert relative_error(new.float(), layer(inputs[0].to(dtype)).float()) < bound
+
+
+def test_packed_hands_over():
+    """To the layer's own way for gradients, meters, other numbers; and what has a way of its own is not touched."""
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), nn.Conv2d(2, 2, 3, padding_mode="circular"), nn.Conv2d(2, 2, 3, padding="same"), nn.Conv1d(2, 2, 3))
+    covered = nn.Linear(4, 4)
+    covered.forward = lambda x: x
+    net.append(covered)
+    assert pack(net) == 1 and "forward" in net[0].__dict__ and covered(3) == 3
+    x = random(2, 4).requires_grad_(True)
+    net[0](x).sum().backward()
+    assert x.grad is not None and net[0].weight.grad is not None
+    with torch.no_grad():
+        net[0](x)
+        assert measure_work(lambda: net[0](x)).multiply_adds == 2 * 4 * 4
+        with torch.autocast("cpu"):
+            assert net[0](x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError):
+            net[0](x.double())
+    assert unpack(net) == 1 and covered(3) == 3
+
+
+def test_packed_is_not_made_fast():
+    net, (x, t) = unet(), MODELS["UNetModel"][1]
+    assert pack(net) > 5
+    with pytest.raises(ValueError, match="model is packed"):
+        make_fast(net, x, t, rounds=1)
+    unpack(net)
+    _, report = make_fast(net, x, t, settings=["float32, packed"], rounds=1)
+    assert [r.setting for r in report.trials] == ["float32", "float32, packed"] and report.trials[1].error < 1e-5
 
 
 def test_report(monkeypatch):
