@@ -5,7 +5,7 @@
     python benchmarks/table.py --rows decode-512 --again        # measure a row anew
     python benchmarks/table.py --rows                           # measure nothing; write the table from the file
 
-Each row is measured twice: as everybody calls it (eager), and in each side's fastest setting, found by trying channels-last and `torch.compile`. All run in
+Each row is measured twice: as everybody calls it (eager), and in each side's fastest setting, found by trying channels-last and `torch.compile`, and for ours packed weights. All run in
 one process in turns; times are medians, ± is half the distance of their quartiles, ratios are medians over neighbouring runs with their quartiles. Peak
 memory is that of a process of its own for each, in its fastest setting but not compiled. Rows are kept in table.jsonl, with every single time.
 """

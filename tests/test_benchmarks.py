@@ -86,6 +86,12 @@ def test_settings(alone):
             assert all(p.is_contiguous(memory_format=memory) for p in sides["ours"].network.parameters() if p.ndim == 4)
     tried = alone.try_settings(sides, False, ["eager", "channels last"], 1)
     assert all(set(settings) == {"eager", "channels last"} for settings in tried.values())
+    for train in (False, True):  # packed: ours, and for drawing
+        tried = alone.try_settings(sides, train, ["eager", "packed"], 1)
+        assert {who for who, times in tried.items() if "packed" in times} == (set() if train else {"ours"})
+    for setting, packed in (("packed", True), ("eager", False)):
+        alone.put_on(sides["ours"], setting)
+        assert any("forward" in m.__dict__ for m in sides["ours"].network.modules()) == packed
     assert alone.fastest({"eager": 1.0, "channels last": 0.99}) == "eager" != alone.fastest({"eager": 1.0, "compiled": 0.5, "x": "Error: no"})
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import NamedTuple
 
 import torch
@@ -192,7 +192,8 @@ def _ways(n: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Calla
     "A product of two matrices, and the same as a convolution of 1×1 whose pixels are the rows of the first."
     left, right = torch.randn(2, n, n, device=device).to(dtype)
     pixels, kernel = left.T[None, :, :, None], right.T.contiguous()[:, :, None, None]
-    return lambda: left @ right, lambda: torch.conv2d(pixels, kernel)
+    ways = lambda: left @ right, lambda: torch.conv2d(pixels, kernel)
+    return ways if left.device.type == "cpu" else ways[:1]  # a GPU's convolutions may round to fewer bits
 
 
 @torch.no_grad()
@@ -235,43 +236,55 @@ class _Packed:
     "The `forward` of a linear layer or a convolution, with the weight in the order of its kernel."
 
     def __init__(self, layer: nn.Module):
-        self.layer, self.weight, self.known = layer, None, None
+        self.layer, self.weight, self.known, self.held = weakref.ref(layer), None, None, None
 
     def __reduce__(self) -> tuple:
-        return _own_forward, (self.layer,)
+        return _own_forward, (self.layer(),)
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer, ops = self.layer, torch.ops.mkldnn
-        if self._unfit(x):
+        layer, ops = self.layer(), torch.ops.mkldnn
+        if _unfit(layer, x):
             return type(layer).forward(layer, x)
-        known = (x.shape, layer.weight.data_ptr(), layer.weight._version)
+        size = (math.prod(x.shape[:-1]),) if isinstance(layer, nn.Linear) else tuple(x.shape)
+        known = (size, layer.weight.data_ptr(), layer.weight._version, x.dtype)
         if known != self.known:  # another size, or other weights
-            self.weight, self.known = self._pack(x.shape), known
+            self.held = layer.weight.detach()  # so that no other weights come to lie where they are
+            self.weight, self.known = _in_order(layer, size), known
         if isinstance(layer, nn.Linear):
             return ops._linear_pointwise(x.contiguous(), self.weight, layer.bias, "none", [], "")
         x = x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
         return ops._convolution_pointwise(x, self.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups, "none", [], "")
 
-    def _unfit(self, x: Tensor) -> bool:
-        "Where the layer's own way is taken: for gradients, for compilers and meters, for other kinds of numbers and places."
-        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled("cpu")
-        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.layer.parameters()))
-        odd = x.dtype != self.layer.weight.dtype or x.device.type != "cpu" or not x.numel() or isinstance(self.layer, nn.Conv2d) and x.ndim != 4
-        return watched or learns or odd
 
-    def _pack(self, shape: torch.Size) -> Tensor:
-        layer, ops, weight = self.layer, torch.ops.mkldnn, self.layer.weight.detach()
-        if isinstance(layer, nn.Linear):
-            return ops._reorder_linear_weight(weight, math.prod(shape[:-1]))
-        return ops._reorder_convolution_weight(weight, layer.padding, layer.stride, layer.dilation, layer.groups, shape)
+# %% ../nbs/18_speed.ipynb #799d1e4f
+def _in_order(layer: nn.Module, size: Sequence[int]) -> Tensor:
+    "The weight as the kernel for inputs of a size wants it."
+    ops, weight = torch.ops.mkldnn, layer.weight.detach()
+    if isinstance(layer, nn.Linear):
+        return ops._reorder_linear_weight(weight, size[0])
+    return ops._reorder_convolution_weight(weight, layer.padding, layer.stride, layer.dilation, layer.groups, size)
+
+
+def _unfit(layer: nn.Module, x: Tensor) -> bool:
+    "Where the layer's own way is taken: for gradients, compilers and meters, and for numbers or places that the kernels do not know."
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled("cpu"):
+        return True
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+        return True
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        return True
+    known = x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fits = known and x.dtype == layer.weight.dtype and x.device.type == layer.weight.device.type == "cpu" and not layer.weight.is_inference()
+    return not fits or not x.numel() or isinstance(layer, nn.Conv2d) and x.ndim != 4
 
 
 def _packable(module: nn.Module) -> list[nn.Module]:
     "The layers that can be packed: plain ones, on a processor, in a PyTorch that has the operations."
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return []
-    plain = [m for m in module.modules() if type(m).forward in (nn.Linear.forward, nn.Conv2d.forward) and m.weight.device.type == "cpu"]
-    return [m for m in plain if isinstance(m, nn.Linear) or m.padding_mode == "zeros" and not isinstance(m.padding, str)]
+    plain = [m for m in module.modules() if type(m).forward in (nn.Linear.forward, nn.Conv2d.forward) and "weight" in m._parameters]
+    plain = [m for m in plain if isinstance(m, nn.Linear) or type(m)._conv_forward is nn.Conv2d._conv_forward and m.padding_mode == "zeros"]
+    return [m for m in plain if m.weight.device.type == "cpu" and not isinstance(getattr(m, "padding", 0), str)]
 
 # %% ../nbs/18_speed.ipynb #deaa4efc
 def pack(
@@ -343,8 +356,8 @@ class _Weights:
             unets = [m for m in self.module.modules() if hasattr(m, "convert_torso")]
             for part in unets or [self.module]:
                 getattr(part, "convert_torso", part.to)(dtype)
-        if packed:
-            pack(self.module)
+        if packed and not pack(self.module):
+            raise ValueError("there is nothing to pack")
         if setting.endswith(", compiled"):
             for region in self.regions:
                 if region not in self.compiled:
@@ -597,7 +610,8 @@ def cached_text(
         raise ValueError(f"model={type(model).__name__} has no cross-attention, so no keys and values of words")
     looking = [b.attn2 for b in blocks] + [b.attn1 for b in blocks if b.disable_self_attn]
     layers = [layer for attn in looking for layer in (attn.to_k, attn.to_v)]
-    if any("forward" in vars(layer) for layer in layers):
+    own = {layer: vars(layer).get("forward") for layer in layers}
+    if any(isinstance(covered, FunctionType) for covered in own.values()):
         raise ValueError("model remembers its words already: cached_text is not to be nested")
     cache = TextCache(keep)
     for layer in layers:
@@ -605,8 +619,10 @@ def cached_text(
     try:
         yield cache
     finally:
-        for layer in layers:
+        for layer, covered in own.items():
             del layer.forward
+            if covered is not None:  # packed
+                layer.forward = covered
 
 # %% ../nbs/18_speed.ipynb #dc50dc9c
 @dataclass

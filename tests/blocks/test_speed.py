@@ -1,7 +1,9 @@
 """Speed: counts that are right, settings that can be taken back, caches that are exact, reuse that is what it says."""
 
+import gc
 import math
 import pickle
+import weakref
 from collections import Counter
 from copy import deepcopy
 from types import SimpleNamespace
@@ -414,12 +416,17 @@ def test_packed_layers_compute_the_same(name, dtype):
     assert pack(layer) == 1 and pack(layer) == 0
     for x, truth in [*zip(inputs, truths)] * 2:
         answer = layer(x.to(dtype))
+        unfit = not x.numel() or (x.ndim == 3 and isinstance(layer, nn.Conv2d))
+        assert unfit or layer.forward.weight.is_mkldnn  # it was packed
         assert answer.shape == truth.shape and answer.dtype == dtype and (not x.numel() or relative_error(answer.float(), truth.float()) < bound)
     for copy in (deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(copy(inputs[0].to(dtype)), truths[0]) and copy.weight is not layer.weight and pack(copy) == 1
     layer.weight.mul_(2)
     layer.bias is not None and layer.bias.mul_(2)
     assert relative_error(layer(inputs[0].to(dtype)).float(), 2 * truths[0].float()) < bound
+    for _ in range(3):  # other tensors, of which one may lie where an earlier one was
+        layer.weight.data = torch.randn_like(layer.weight)
+        assert relative_error(layer(inputs[0].to(dtype)).float(), type(layer).forward(layer, inputs[0].to(dtype)).float()) < bound
     layer.load_state_dict(make().to(dtype).state_dict())
     new = layer(inputs[0].to(dtype))
     assert unpack(layer) == 1 and unpack(layer) == 0
@@ -445,9 +452,63 @@ def test_packed_hands_over():
         assert measure_work(lambda: net[0](x)).multiply_adds == 2 * 4 * 4
         with torch.autocast("cpu"):
             assert net[0](x).dtype == torch.bfloat16
-        with pytest.raises(RuntimeError):
-            net[0](x.double())
+        net[0].double()
+        assert net[0](x.double()).dtype == torch.float64
+        net[0].float()
+        assert torch.func.jvp(net[0], (x,), (x,))[1].abs().max() > 0 and torch.func.vmap(net[0])(x).shape == (2, 4)
+    with torch.inference_mode():
+        other = nn.Linear(4, 4)
+        assert pack(other) == 1 and other(x).shape == (2, 4)
     assert unpack(net) == 1 and covered(3) == 3
+    nn.utils.parametrizations.weight_norm(net[0])
+    assert pack(net) == 0
+
+
+def test_packed_model_lets_go():
+    """Nothing keeps a packed layer alive when its owner has let it go."""
+    layer = nn.Linear(4, 4)
+    pack(layer)
+    gone = weakref.ref(layer)
+    with torch.no_grad():
+        layer(random(2, 4))
+    gc.disable()
+    try:
+        del layer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_packed_text_is_remembered():
+    """`cached_text` covers packed layers, too, and gives them back packed."""
+    net, x = unet(use_spatial_transformer=True, context_dim=8), random(1, 3, 8, 8)
+    words = random(1, 5, 8)
+    with torch.no_grad():
+        truth = net(x, 5, words)
+        pack(net)
+        with cached_text(net) as cache:
+            assert relative_error(net(x, 5, words), truth) < 1e-5 and relative_error(net(x, 5, words), truth) < 1e-5
+        assert cache.hits == cache.misses > 0
+        with cached_text(net), pytest.raises(ValueError, match="nested"), cached_text(net):
+            pass
+    assert unpack(net) == len(speed._packable(net))
+
+
+def test_nothing_to_pack():
+    """The setting drops out by itself, and with a note where it was asked for."""
+    net = randomize(UNetND(1, 3, 2, channels=(32, 32))).eval()
+    _, report = make_fast(net, random(1, 3, 16), settings=["float32, packed"], rounds=1)
+    assert report.trials[1].note == "not here: ValueError" and report.trials[0].chosen
+
+
+@pytest.mark.slow
+def test_packed_compiled():
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 1)).requires_grad_(False)
+    x = random(1, 3, 8, 8)
+    truth = net(x)
+    assert pack(net) == 2
+    assert relative_error(torch.compile(net)(x), truth) < 1e-5 and relative_error(net(x), truth) < 1e-5
 
 
 def test_packed_is_not_made_fast():
