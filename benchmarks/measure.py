@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 
 def alternate(
@@ -81,3 +82,13 @@ def machine() -> str:
         with open("/proc/cpuinfo") as info:
             name = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def fill(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights of sensible size, zero-initialised ones included; drawn in place, for a copy would count as memory of the network."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(generator=generator)
+            p.div_(p[0].numel() ** 0.5) if p.ndim > 1 else p.mul_(0.3).add_(1)
+    return module

@@ -9,6 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
+from measure import fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +20,6 @@ from unet_course.sampling import choose_steps
 from unet_course.stable_diffusion import PARTS, SD1, diffusers_slots, unet_to_diffusers
 from unet_course.unet import UNetModel
 from unet_course.vae import AutoencoderKL
-from unet_course.workbench import randomize
 
 SMALL = dict(image_size=32, in_channels=3, out_channels=3, model_channels=64, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(4,), num_heads=4,
              use_spatial_transformer=True, context_dim=64)  # fmt: skip
@@ -109,7 +109,7 @@ def unet(config: dict, batch: int, side: int, who: str, ours: nn.Module | None, 
         return Side(lucidrains(size), (x, times), autocast=True)
     inputs = x, times, noise(batch, words, config["context_dim"], seed=1)
     if who == "ours":
-        return Side(randomize(UNetModel(**config)), inputs)
+        return Side(fill(UNetModel(**config)), inputs)
     theirs = DiffusersUNet(config)
     give_weights(ours, theirs.unet, "unet", config)
     return Side(theirs, inputs)
@@ -119,7 +119,7 @@ def decoder(who: str, ours: nn.Module | None, side: int = 64, **changes: object)
     """Stable Diffusion's VAE: latents to a picture."""
     config, z = SD1["vae"] | changes, noise(1, 4, side, side)
     if who == "ours":
-        network = randomize(AutoencoderKL(**config))
+        network = fill(AutoencoderKL(**config))
         return Side(network, (z,), AutoencoderKL.decode, network.decoder)
     import diffusers
 
@@ -152,7 +152,7 @@ def text(who: str, ours: nn.Module | None, batch: int = 2, **changes: object) ->
     tokens = torch.randint(1, config["vocab_size"] - 2, (batch, config["length"]), generator=torch.Generator().manual_seed(0))
     tokens[:, 0], tokens[:, -1] = config["vocab_size"] - 2, config["vocab_size"] - 1
     if who == "ours":
-        return Side(randomize(CLIPTextModel(**config)), (tokens,))
+        return Side(fill(CLIPTextModel(**config)), (tokens,))
     return Side(their_text(config, ours), (tokens,), lambda network, tokens: network(tokens).last_hidden_state)
 
 

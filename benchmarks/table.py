@@ -174,7 +174,7 @@ def memory_of(name: str, who: str, dtype: str, setting: str) -> float:
     warm_imports()
     torch.nn.functional.conv2d(torch.ones(1, 8, 8, 8), torch.ones(8, 8, 3, 3))  # wakes the libraries
     before = own_peak()
-    wide = who == LUCIDRAINS  # computes under autocast
+    wide = who == LUCIDRAINS or name.startswith("picture")  # computes under autocast; reads its weights from a file
     torch.set_default_dtype(torch.float32 if wide else DTYPES[dtype])  # or the weights in float32 would be the peak
     side = row.build(who, None)
     torch.set_default_dtype(torch.float32)

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import alternate, machine, own_peak, peak_memory, summary
+from measure import alternate, fill, machine, own_peak, peak_memory, summary
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unet_course.unet import UNetModel
-from unet_course.workbench import best_device, randomize
+from unet_course.workbench import best_device
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from mappings import openai_rules, rename  # noqa: E402  the tables of names that the tests use
@@ -72,9 +72,9 @@ class Theirs(nn.Module):
 def build(model: str, who: str, dtype: str, layout: str, alone: bool = False) -> nn.Module:
     """One of the two networks, both with the same random weights; `alone` leaves theirs as they are and never builds ours."""
     ours, theirs, _, _ = MODELS[model]
-    network = Theirs(**theirs) if who == "theirs" else randomize(UNetModel(**ours))
+    network = Theirs(**theirs) if who == "theirs" else fill(UNetModel(**ours))
     if who == "theirs" and not alone:
-        weights = dict((twin := randomize(UNetModel(**ours))).named_parameters())
+        weights = dict((twin := fill(UNetModel(**ours))).named_parameters())
         names = rename(weights, openai_rules(len(twin.plan), twin.plan[0].blocks))
         network.unet.load_state_dict({names[n]: w.detach() for n, w in weights.items()}, strict=True)
     return network.to(best_device(), DTYPES[dtype], memory_format=LAYOUTS[layout])
