@@ -571,6 +571,6 @@ def train_clip(
 def pretrained_clip() -> CLIP:  # In eval mode, in float32
     "The towers that ship with the package, trained by `train_clip`."
     tensors, _ = parse_checkpoint(read_asset("emoji_clip.safetensors"), "emoji_clip.safetensors")
-    model = emoji_clip().eval().requires_grad_(False)
+    model = emoji_clip().float().eval().requires_grad_(False)
     model.load_state_dict(part_of(tensors, "ema"))
     return model

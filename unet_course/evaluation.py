@@ -87,10 +87,10 @@ def train_classifier(
     return trainer.fit(steps, progress=progress)
 
 # %% ../nbs/12_evaluation.ipynb #f78b22a4
-def digit_classifier() -> DigitClassifier:  # In eval mode
+def digit_classifier() -> DigitClassifier:  # In eval mode, in float32
     "The classifier that ships with the course, trained."
     tensors, _ = parse_checkpoint(read_asset("digit_classifier.safetensors"), "digit_classifier.safetensors")
-    model = DigitClassifier().eval().requires_grad_(False)
+    model = DigitClassifier().float().eval().requires_grad_(False)
     model.load_state_dict(part_of(tensors, "ema"))
     return model
 

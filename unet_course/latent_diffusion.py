@@ -426,7 +426,7 @@ def _assemble(kind: type, name: str, tensors: dict[str, Tensor], state: dict, va
         if config[key] not in list(known):
             raise CheckpointError(f"{name} does not say how its model is built: its {key} is {config[key]!r}, and there are {sorted(known)}")
     try:
-        networks = build_networks(config)
+        networks = build_networks(config).float()
         parts = networks.unet, VAES[config["vae"]]() if vae is None else vae, networks.text, TOKENIZERS[config["tokenizer"]]()
         model = kind(*parts, schedule=Schedule.flow(**config["schedule"]), prediction=config["prediction"],
                      scale_factor=config["scale_factor"], length=config.get("length", config["text"]["length"]), config=config)
@@ -468,7 +468,6 @@ def shape_examples(
         full = [(names := known[a > 1 / 2])[int(b * len(names))] for a, b in chance]
         short = [told_less(parse_scene(caption), i % 2) for i, caption in enumerate(full)]
         yield draw_shapes(full, 32, generator), [[caption] * (CAPTIONS - 1) + [less] for caption, less in zip(full, short)]
-
 
 # %% ../nbs/16_text_to_image.ipynb #4f157670
 def emoji_examples(

@@ -771,6 +771,6 @@ def pretrained(
     if name not in BUILDERS:
         raise ValueError(f"name={name!r} is unknown; there are {sorted(BUILDERS)}")
     tensors, _ = parse_checkpoint(read_asset(f"{name}_unet.safetensors"), f"{name}_unet.safetensors")
-    model = BUILDERS[name]().eval().requires_grad_(False)
+    model = BUILDERS[name]().float().eval().requires_grad_(False)
     model.load_state_dict(part_of(tensors, "ema"))
     return model

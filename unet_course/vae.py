@@ -377,7 +377,7 @@ def ship_vae(
 def pretrained_vae() -> AutoencoderKL:  # In eval mode, in float32
     "The VAE that ships with the package, trained; its `scale_factor` is set."
     tensors, state = parse_checkpoint(read_asset("emoji_vae.safetensors"), "emoji_vae.safetensors")
-    vae = emoji_vae().eval().requires_grad_(False)
+    vae = emoji_vae().float().eval().requires_grad_(False)
     vae.load_state_dict(part_of(tensors, "ema"))
     vae.scale_factor = state["scale_factor"]
     return vae

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from unet_course import latent_diffusion
-from unet_course.clip import CLIPTextModel, small_tokenizer
+from unet_course.clip import CLIPTextModel, pretrained_clip, small_tokenizer
 from unet_course.data import draw_shapes, emoji, parse_scene, read_shapes, shape_captions, shape_split, shapes
 from unet_course.diffusion import Schedule, diffusion_loss
+from unet_course.evaluation import digit_classifier
 from unet_course.guidance import Guided
 from unet_course.latent_diffusion import (
     CAPTIONS,
@@ -53,9 +54,9 @@ from unet_course.latent_diffusion import (
     training_report,
 )
 from unet_course.sampling import denoiser, dpm_solver, sample
-from unet_course.training import CheckpointError, Trainer, load_checkpoint, save_checkpoint
+from unet_course.training import CheckpointError, Trainer, load_checkpoint, pretrained, save_checkpoint
 from unet_course.unet import UNetModel
-from unet_course.vae import DiagonalGaussian
+from unet_course.vae import DiagonalGaussian, pretrained_vae
 from unet_course.workbench import randomize, relative_error
 
 TINY = dict(
@@ -719,6 +720,27 @@ def test_shipped(name):
     assert pictures.shape == (2, 3, *(model.vae.factor * n for n in model.unet.image_size)) and pictures.isfinite().all() and not torch.equal(*pictures)
     if report.quality:  # the shipped weights, not a stand-in
         assert model.config["vae_fingerprint"] == fingerprint(model.vae)
+
+
+SHIPPED = {
+    "digits": pretrained, "classifier": digit_classifier, "vae": pretrained_vae, "clip": pretrained_clip,
+    **{name: partial(TextToImage.from_pretrained, name) for name in RECIPES},
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_shipped_weights_whatever_the_default_type(name, dtype):
+    """A program that builds its own networks in another type reads the same float32 weights, and the VAE of a model is known again."""
+    usual = SHIPPED[name]().state_dict()
+    torch.set_default_dtype(dtype)
+    try:
+        read = SHIPPED[name]().state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert usual.keys() == read.keys()
+    assert all(read[key].dtype == t.dtype and torch.equal(read[key], t) for key, t in usual.items())
+    assert all(t.dtype == torch.float32 for t in read.values() if t.is_floating_point())
 
 
 @pytest.mark.slow
