@@ -53,6 +53,7 @@ CELLS = [
     "#| hide\n#| export exercises.sample\ndef check(): ...",
     "#| export\ndef visible(): return hidden",
     "#| code-fold: true\nprint(visible())",
+    "#| code-fold: true\n#| code-summary: What is seen\nprint(visible())",
     "#| eval: false\n!ls",
 ]
 
@@ -124,10 +125,11 @@ def test_code(sample):
         "#@title Code behind the scenes (click to show)\nimport os\nhidden = 1",
         "def visible(): return hidden",
         "#@title Code of the figure (click to show)\nprint(visible())",
+        "#@title What is seen (click to show)\nprint(visible())",
         "# The book shows this cell without running it.\n!ls",
         "#@title Worked solution (click to show)\ny = 2",
     ]
-    assert [bool(m.get("cellView")) for m in sources.values()] == [True, True, False, True, False, True]
+    assert [bool(m.get("cellView")) for m in sources.values()] == [True, True, False, True, True, False, True]
 
 
 def test_unknown_syntax(tmp_path):

@@ -231,3 +231,14 @@ def test_wheel(tmp_path):
     licences = {Path(n).name for n in inside if "/licenses/" in n}
     assert licences == {"LICENSE", *(p.name for p in (PACKAGE / "assets").glob("*.LICENSE.txt"))}
     assert "Requires-Dist: torch>=2.9\n" in metadata
+
+
+def test_directives_of_a_cell():
+    """The book's extension turns `#|` lines into tags, and `code-summary` into the words on a fold."""
+    spec = importlib.util.spec_from_file_location("nbdev_notebooks", ROOT / "book/_ext/nbdev_notebooks.py")
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    cell = nbformat.v4.new_code_cell("#| code-fold: true\n#| code-summary: The race\n#| export\n\nx = 1  #| no directive\n")
+    extension.convert(cell)
+    assert cell.source == "x = 1  #| no directive" and cell.metadata["tags"] == ["hide-input", "export"]
+    assert cell.metadata["mystnb"] == {"code_prompt_show": "Show: The race", "code_prompt_hide": "Hide: The race"}

@@ -320,7 +320,7 @@ def code(cells: list, solutions: set[str]) -> dict[str, tuple[str, str | None, b
         elif "hide" in marks or marks.get("echo") == "false":
             fold = "Code behind the scenes (click to show)"
         elif marks.get("code-fold") == "true":
-            fold = "Code of the figure (click to show)"
+            fold = f"{marks.get('code-summary', 'Code of the figure')} (click to show)"
         kept[cell.id] = source, fold, marks.get("eval") != "false"
     return kept
 

@@ -435,8 +435,8 @@ def _assemble(kind: type, name: str, tensors: dict[str, Tensor], state: dict, va
     if vae is None and config.get("vae_fingerprint", made := fingerprint(parts[1])) != made:
         raise CheckpointError(f"{name} was trained in the latents of another VAE than today's {config['vae']!r}; give its VAE as vae=")
     wanted = networks.state_dict()
-    found = {key: t.to(wanted[key].dtype) if key in wanted and t.is_floating_point() else t for key, t in part_of(tensors, "ema").items()}
-    check_fit(name, found, wanted)
+    found = part_of(tensors, "ema")
+    check_fit(name, {key: t.to("meta", wanted[key].dtype) if key in wanted and t.is_floating_point() else t for key, t in found.items()}, wanted)
     networks.load_state_dict(found)
     return model.eval().requires_grad_(False)
 

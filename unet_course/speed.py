@@ -84,7 +84,6 @@ def _multiply_adds(func: Callable, args: tuple, kwargs: Mapping, out: object) ->
         return sdpa_backward_flop_count(*(t.shape for t in args[:4])) // 2
     return flop_registry[packet](*args, **kwargs, out_val=out) // 2 if packet in flop_registry else 0
 
-
 # %% ../nbs/18_speed.ipynb #83ec097a
 class _Meter(TorchDispatchMode):
     "Looks at every operation while it is switched on."
@@ -168,7 +167,6 @@ def best_time(
         _wait()
         best, runs = min(best, time.perf_counter() - start), runs + 1
     return best
-
 
 # %% ../nbs/18_speed.ipynb #6808369d
 class Peaks(NamedTuple):
@@ -255,7 +253,6 @@ class _Packed:
         x = x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
         return ops._convolution_pointwise(x, self.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups, "none", [], "")
 
-
 # %% ../nbs/18_speed.ipynb #799d1e4f
 def _in_order(layer: nn.Module, size: Sequence[int]) -> Tensor:
     "The weight as the kernel for inputs of a size wants it."
@@ -306,7 +303,6 @@ def unpack(
         del layer.forward
     return len(layers)
 
-
 # %% ../nbs/18_speed.ipynb #bfcc07e1
 MARGIN = 0.03  # who is not faster by this share is not faster
 SETTINGS = {  # name: dtype, whether channels come last, whether weights are packed
@@ -318,7 +314,6 @@ SETTINGS = {  # name: dtype, whether channels come last, whether weights are pac
     "bfloat16, packed": (torch.bfloat16, False, True),
 }
 REGIONS = (ResBlock, ResnetBlock, BasicTransformerBlock, CLIPLayer)  # what a network repeats
-
 
 # %% ../nbs/18_speed.ipynb #1bf5853d
 class _Weights:
@@ -457,7 +452,6 @@ def _race(weights: _Weights, settings: Sequence[str], runs: _Runs, rounds: int) 
                 notes[name] = f"not here: {type(problem).__name__}"
     return {name: (statistics.median(seconds[name] or [nothing]), errors[name], notes[name]) for name in settings}
 
-
 # %% ../nbs/18_speed.ipynb #50e56f66
 def _choose(part: str, measured: _Measured, bound: float) -> list[Trial]:
     "The fastest that is accurate enough and faster than float32 by more than a trifle."
@@ -507,7 +501,6 @@ def _check_fast(model: object, bound: object, settings: Sequence[str] | None) ->
         raise ValueError(f"bound={bound!r} must be a positive number: the largest relative error that is allowed")
     if unknown := [name for name in settings or () if name not in SETTINGS]:
         raise ValueError(f"settings has {unknown[0]!r}; there are {list(SETTINGS)}")
-
 
 # %% ../nbs/18_speed.ipynb #85d9a4b9
 @torch.no_grad()
@@ -596,7 +589,6 @@ class TextCache:
 
         return forward
 
-
 # %% ../nbs/18_speed.ipynb #967299ce
 @contextmanager
 def cached_text(
@@ -652,7 +644,6 @@ class Reuse:
         self.full, self.partial = self.full + (not again), self.partial + again
         self.features = self.features if again else None
         return again
-
 
 # %% ../nbs/18_speed.ipynb #8b477144
 def _forward(
