@@ -27,6 +27,7 @@ import torch
 from measure import alternate, machine, own_peak, peak_memory, summary
 from rows import HIDDEN, IMPORTS, LUCIDRAINS, ROWS, Side, job, warm_imports
 
+from unet_course.figures import typeset
 from unet_course.speed import best_time, machine_peaks, measure_work, pack, unpack
 from unet_course.workbench import best_device, count_parameters, relative_error
 
@@ -284,7 +285,7 @@ def line(record: dict, peer: str) -> list[str]:
     """One of ours against one of theirs."""
     ours, theirs = record["sides"]["ours"], record["sides"][peer]
     if "difference" in theirs:
-        difference = f"{theirs['difference']:.0e}"
+        difference = typeset(f"{theirs['difference']:.0e}")
     else:
         difference = f"other weights, {theirs['parameters'] / ours['parameters']:.2f} of ours in number"
     best = [f"{duration(side['best'])}, {side['setting']}" for side in (ours, theirs)]
