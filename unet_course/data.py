@@ -766,7 +766,7 @@ def hub(
         data = load_dataset(name, split=split, streaming=True, **options)
         rows = list(islice(data, number))
     except Exception as error:  # of the network, of the Hub, of the data set
-        raise OSError(f"hub({name!r}) got nothing from the Hub ({type(error).__name__}: {error}). Is there a network, is the name right? {instead}") from error
+        raise OSError(f"hub({name!r}) got nothing from the Hub ({type(error).__name__}: {error}). Is there an internet connection, is the name right? {instead}") from error
     pictures = [key for key, value in rows[0].items() if hasattr(value, "convert")] if rows else []
     if not pictures:
         raise ValueError(f"{name} has no column of pictures; its first row has {list(rows[0]) if rows else 'nothing'}")

@@ -634,10 +634,11 @@ class Reuse:
         self,
         x: Tensor,  # What the network is shown
         times: Tensor,  # The time of each example
+        gradients: bool = False,  # Whether any are asked for
     ) -> bool:
-        "Whether this call may reuse: it belongs to the same walk, one step on, and the memory is not too old."
+        "Whether this call may reuse: it belongs to the same walk, one step on, the memory is not too old, and no gradient flows."
         like = self.last is not None and self.last[:2] == (x.shape, x.device)
-        usable = self.features is not None and not self.features.requires_grad
+        usable = self.features is not None and not self.features.requires_grad and not gradients
         again = like and usable and self.alone and self.age < self.every and bool((times < self.last[2]).all())
         self.alone = not (like and torch.equal(times, self.last[2]))  # twice at one time: walks side by side
         self.age, self.last = self.age + 1 if again else 1, (x.shape, x.device, times.clone())
@@ -656,7 +657,8 @@ def _forward(
     if (label := unet._embed_label(y, x)) is not None:
         emb = emb + label
     h, emb, context = x.to(unet.dtype), emb.to(unet.dtype), unet._check_context(context, x)
-    again, top = memory.begin(x, times), len(unet.output_blocks) - memory.shallow
+    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (h, emb, context, *unet.parameters()) if t is not None)
+    again, top = memory.begin(x, times, asked), len(unet.output_blocks) - memory.shallow
 
     skips = []
     for block in list(unet.input_blocks)[: memory.shallow if again else None]:

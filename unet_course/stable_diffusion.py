@@ -311,7 +311,6 @@ def unet_from_diffusers(
         transformer_depth=theirs.get("transformer_layers_per_block", 1), context_dim=theirs["cross_attention_dim"],
     )
 
-
 # %% ../nbs/17_stable_diffusion.ipynb #5c0cccc4
 def unet_to_diffusers(
     ours: Mapping[str, object],  # Arguments of `UNetModel`

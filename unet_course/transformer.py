@@ -88,7 +88,7 @@ class BasicTransformerBlock(nn.Module):
         context_dim: int | None = None,  # Channels of the context's tokens; `dim` if left out
         gated_ff: bool = True,  # GEGLU in the feed-forward layer
         checkpoint: bool = True,  # Save memory in training: compute the inside again in the backward pass
-        disable_self_attn: bool = False,  # Let the first attention look at the context, too
+        disable_self_attn: bool = False,  # Let the first attention look at the context instead of the tokens, as the second does
     ):
         super().__init__()
         context_dim = dim if context_dim is None else context_dim

@@ -773,6 +773,14 @@ def test_reuse_and_gradients():
             net(x, t)
             t -= 5
         assert memory.partial == 1
+        net.requires_grad_(True)
+        net(x, t).sum().backward()  # what is at hand was computed without gradients
+        assert memory.partial == 1 and all(p.grad.abs().sum() > 0 for p in net.middle_block.parameters())
+        with torch.no_grad():
+            for _ in range(2):
+                t -= 5
+                net(x, t)
+        assert memory.partial == 2
 
 
 @pytest.mark.parametrize("sampler", [ddim, dpm_solver, heun])
