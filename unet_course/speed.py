@@ -509,7 +509,7 @@ def make_fast(
     *inputs: object,  # What it is called with: tensors; for a `TextToImage`, prompts
     bound: float | int = 0.02,  # The largest relative error against float32 that is allowed
     settings: Sequence[str] | None = None,  # Of `SETTINGS`; all that make sense if left out
-    compile: bool = False,  # Let the winner race once more, compiled by region; that takes minutes
+    compile: bool = False,  # Let the fastest that is not packed race once more, compiled by region; that takes minutes
     rounds: int = 5,  # Timed runs of each setting
     call: Callable[..., object] | None = None,  # Called as `call(model, *inputs)` instead of `model(*inputs)`; not for a `TextToImage`
     **options: object,  # More that it is called with, by name; the example of a `TextToImage` is always a walk of 3 steps
