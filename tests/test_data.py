@@ -607,7 +607,7 @@ def test_hub(monkeypatch):
     fake_datasets(monkeypatch, [{"text": "no picture"}])
     with pytest.raises(ValueError, match="x has no column of pictures.*'text'"):
         data.hub("x")
-    with pytest.raises(OSError, match="missing.*ConnectionError: no route.*network.*folder"):
+    with pytest.raises(OSError, match="missing.*ConnectionError: no route.*internet.*folder"):
         data.hub("missing")
 
 
