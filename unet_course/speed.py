@@ -657,7 +657,8 @@ def _forward(
     if (label := unet._embed_label(y, x)) is not None:
         emb = emb + label
     h, emb, context = x.to(unet.dtype), emb.to(unet.dtype), unet._check_context(context, x)
-    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (h, emb, context, *unet.parameters()) if t is not None)
+    words = context if isinstance(context, list) else [context]
+    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (h, emb, *words, *unet.parameters()) if t is not None)
     again, top = memory.begin(x, times, asked), len(unet.output_blocks) - memory.shallow
 
     skips = []

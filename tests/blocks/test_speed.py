@@ -783,6 +783,18 @@ def test_reuse_and_gradients():
         assert memory.partial == 2
 
 
+def test_reuse_with_a_list_of_contexts():
+    """Each block of a transformer has words of its own; with gradients allowed, but none asked for."""
+    net = randomize(UNetModel(**SMALL | dict(use_spatial_transformer=True, transformer_depth=2, context_dim=[12, 10]))).eval().requires_grad_(False)
+    words = [random(1, 5, 12), random(1, 4, 10)]
+    with reuse_features(net, every=99) as memory:
+        for t in (40, 30):
+            net(random(1, 3, 8, 8), t, context=words)
+        assert memory.partial == 1
+        net(random(1, 3, 8, 8), 20, context=[words[0], words[1].clone().requires_grad_()]).sum().backward()
+        assert memory.partial == 1
+
+
 @pytest.mark.parametrize("sampler", [ddim, dpm_solver, heun])
 def test_reuse_in_samplers(sampler):
     """Different from the full walk, finite, and with an interval of guidance, too."""
