@@ -2,7 +2,7 @@
 
 import torch
 
-from unet_course.exercises.stable_diffusion import check_average, check_decode, check_merge, check_numbers, check_thirds
+from unet_course.exercises.stable_diffusion import check_average, check_begin, check_merge, check_numbers, check_thirds
 
 
 def averages(key):
@@ -78,11 +78,30 @@ def merge(formula, check=True, write=False):
     return answer
 
 
-def undone(vae, z, factor):
-    z /= factor
-    picture = vae.decode(z).clamp(-1, 1)
-    z *= factor
-    return picture
+def begin(rest=lambda visits, count: visits[len(visits) - count :], level=lambda rest, visits: rest[0], empty=True, write=False):
+    """Begin a walk in some way; right as it is."""
+
+    def answer(picture, noise, schedule, visits, strength):
+        left = rest(visits, round(strength * len(visits)))
+        if empty and not left:
+            return left, picture
+        noisy = schedule.add_noise(picture, noise, level(left, visits))
+        return left, picture.copy_(noisy) if write else noisy
+
+    return answer
+
+
+def eager(picture, noise, schedule, visits, strength):
+    return begin()(picture, noise, schedule, visits, strength)[0], schedule.add_noise(picture, noise, 0)
+
+
+def still_noisy(picture, noise, schedule, visits, strength):
+    return ([], schedule.add_noise(picture, noise, visits[-1])) if not strength else begin()(picture, noise, schedule, visits, strength)
+
+
+def eaten(picture, noise, schedule, visits, strength):
+    del visits[: len(visits) - round(strength * len(visits))]
+    return visits, schedule.add_noise(picture, noise, visits[0])
 
 
 def counted(first, second, share):
@@ -116,21 +135,24 @@ def right(a, b, share):
 
 
 WRONG = [
-    (check_numbers, (4.3, (4, 56, 80), 200), "twice"),
-    (check_numbers, (3.9, (4, 56, 80), 200), "half of it"),
-    (check_numbers, (8.5, (4, 56, 80), 200), "Only the U-Net"),
-    (check_numbers, (1.9, (4, 56, 80), 200), "four bytes"),
-    (check_numbers, (7.0, (4, 56, 80), 200), "add up"),
-    (check_numbers, (7.7, (4, 80, 56), 200), "height comes before width"),
-    (check_numbers, (7.7, (3, 56, 80), 200), "take in"),
-    (check_numbers, (7.7, (4, 28, 40), 200), "three steps"),
-    (check_numbers, (7.7, (4, 112, 160), 200), "halves three times"),
-    (check_numbers, (7.7, (4, 448, 640), 200), "fewer positions"),
-    (check_numbers, (7.7, 4, 200), "an eighth"),
-    (check_numbers, (7.7, (4, 56, 80), 100), "twice"),
-    (check_numbers, (7.7, (4, 56, 80), 400), "heun"),
-    (check_numbers, (7.7, (4, 56, 80), 50), "four prompts"),
-    (check_numbers, (7.7, (4, 56, 80), 7), "times two"),
+    (check_numbers, (4.3, 599, 120), "twice"),
+    (check_numbers, (3.9, 599, 120), "half of it"),
+    (check_numbers, (8.5, 599, 120), "Only the U-Net"),
+    (check_numbers, (1.9, 599, 120), "four bytes"),
+    (check_numbers, (7.0, 599, 120), "add up"),
+    (check_numbers, (7.7, 999, 120), "from pure noise"),
+    (check_numbers, (7.7, 600, 120), "numbered from 0"),
+    (check_numbers, (7.7, 399, 120), "share of the steps that is"),
+    (check_numbers, (7.7, 15, 120), "Which number"),
+    (check_numbers, (7.7, 639, 120), "the tenth"),
+    (check_numbers, (7.7, 559, 120), "the twelfth"),
+    (check_numbers, (7.7, [599], 120), "write down"),
+    (check_numbers, (7.7, 599, 60), "twice"),
+    (check_numbers, (7.7, 599, 30), "four prompts"),
+    (check_numbers, (7.7, 599, 15), "guidance asks twice"),
+    (check_numbers, (7.7, 599, 200), "all 25"),
+    (check_numbers, (7.7, 599, 240), "heun"),
+    (check_numbers, (7.7, 599, [7]), "times two"),
     (check_average, (averages(lambda name: f"model.diffusion_model.{name}"),), "as training left them"),
     (check_average, (averages(lambda name: f"model_ema.diffusion_model.{name}"),), "there still are dots"),
     (check_average, (averages(lambda name: f"model_ema.diffusion_model.{name}".replace(".", "")),), "dot after `model_ema` stays"),
@@ -160,13 +182,19 @@ WRONG = [
     (check_thirds, (thirds(copy=lambda t: t),), "share the memory"),
     (check_thirds, (thirds(error=None),), "you gave back [3, 3, 1]"),
     (check_thirds, (thirds(error=IndexError),), "raised IndexError"),
-    (check_decode, (lambda vae, z, factor: vae.decode(z.div_(factor)).clamp(-1, 1),), "the next call"),
-    (check_decode, (lambda vae, z, factor: vae.decode(z * factor).clamp(-1, 1),), "divide"),
-    (check_decode, (lambda vae, z, factor: vae.decode(z / factor),), "range"),
-    (check_decode, (lambda vae, z, factor: vae.decode(z).clamp(-1, 1),), "not right"),
-    (check_decode, (lambda vae, z, factor: None,), "nothing back"),
-    (check_decode, (lambda vae, z, factor: (z / factor).clamp(-1, 1),), "did not ask the VAE"),
-    (check_decode, (undone,), "undid it"),
+    (check_begin, (begin(rest=lambda visits, count: visits[:count], level=lambda rest, visits: rest[-1], empty=False),), "the noisiest"),
+    (check_begin, (begin(rest=lambda visits, count: visits),), "2 are to be made"),
+    (check_begin, (begin(rest=lambda visits, count: visits[::-1][:count]),), "in their order"),
+    (check_begin, (begin(level=lambda rest, visits: rest[-1]),), "have the noise of step 199"),
+    (check_begin, (begin(level=lambda rest, visits: visits[0]),), "have the noise of step 999"),
+    (check_begin, (begin(empty=False),), "empty list"),
+    (check_begin, (begin(rest=lambda visits, count: visits[-count:]),), "−0 is 0"),
+    (check_begin, (eager,), "any step of this walk"),
+    (check_begin, (still_noisy,), "may be added"),
+    (check_begin, (begin(write=True),), "has changed"),
+    (check_begin, (eaten,), "has changed"),
+    (check_begin, (lambda picture, noise, schedule, visits, strength: picture,), "two things"),
+    (check_begin, (lambda picture, noise, schedule, visits, strength: (visits[3:], None),), "nothing back"),
     (check_merge, (merge(lambda a, b, share: torch.lerp(b, a, share)),), "other way round"),
     (check_merge, (merge(lambda a, b, share: (a + b) / 2),), "half of each"),
     (check_merge, (merge(lambda a, b, share: a + share * b),), "(1 − share)"),
