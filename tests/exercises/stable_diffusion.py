@@ -95,6 +95,12 @@ def eager(picture, noise, schedule, visits, strength):
     return begin()(picture, noise, schedule, visits, strength)[0], schedule.add_noise(picture, noise, 0)
 
 
+def only_zero(picture, noise, schedule, visits, strength):
+    if strength == 0:
+        return [], picture
+    return begin(rest=lambda visits, count: visits[-count:])(picture, noise, schedule, visits, strength)
+
+
 def still_noisy(picture, noise, schedule, visits, strength):
     return ([], schedule.add_noise(picture, noise, visits[-1])) if not strength else begin()(picture, noise, schedule, visits, strength)
 
@@ -189,11 +195,13 @@ WRONG = [
     (check_begin, (begin(level=lambda rest, visits: visits[0]),), "have the noise of step 999"),
     (check_begin, (begin(empty=False),), "empty list"),
     (check_begin, (begin(rest=lambda visits, count: visits[-count:]),), "−0 is 0"),
+    (check_begin, (only_zero,), "−0 is 0"),
+    (check_begin, (begin(rest=lambda visits, count: visits[len(visits) - count :] if count != 4 else visits[2:]),), "rounded"),
     (check_begin, (eager,), "any step of this walk"),
     (check_begin, (still_noisy,), "may be added"),
     (check_begin, (begin(write=True),), "has changed"),
     (check_begin, (eaten,), "has changed"),
-    (check_begin, (lambda picture, noise, schedule, visits, strength: picture,), "two things"),
+    (check_begin, (lambda picture, noise, schedule, visits, strength: picture,), "end as it did"),
     (check_begin, (lambda picture, noise, schedule, visits, strength: (visits[3:], None),), "nothing back"),
     (check_merge, (merge(lambda a, b, share: torch.lerp(b, a, share)),), "other way round"),
     (check_merge, (merge(lambda a, b, share: (a + b) / 2),), "half of each"),

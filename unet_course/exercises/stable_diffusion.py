@@ -160,7 +160,7 @@ def _begun(begin, picture, noise, schedule, visits, strength):
     given = picture.clone(), list(visits)
     answer = begin(given[0], noise, schedule, given[1], strength)
     if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], list):
-        raise Wrong("`begin` should give back two things, as it did: the list of the steps that are left, and the latents.")
+        raise Wrong("`begin` should end as it did, `return rest, latents`: with the list of the steps that are left, and the latents.")
     expect_tensor(answer[1], tuple(picture.shape), "`begin`, as its second answer,")
     if not torch.equal(given[0], picture) or given[1] != visits:
         raise Wrong("What you were given, the picture or the list of steps, has changed. Make new ones.")
@@ -174,11 +174,11 @@ def check_begin(
     "A repaired beginning of `img2img`."
     schedule, visits = Schedule.scaled_linear(), [999, 799, 599, 399, 199]
     picture, noise = torch.tensor([[[[2.0, -1.0, 0.5]]]]), torch.tensor([[[[0.5, 3.0, -2.0]]]])
-    for strength, count in ((0.4, 2), (0.8, 4), (1.0, 5)):
+    for strength, count in ((0.4, 2), (0.75, 4), (1.0, 5)):
         rest, x = _begun(begin, picture, noise, schedule, visits, strength)
         where = f"At strength {strength}, of the steps {visits}"
         if len(rest) != count:
-            raise Wrong(f"{where}, {count} are to be made; you gave back {rest}.")
+            raise Wrong(f"{where}, {count} are to be made (a share is rounded, as the given code does it); you gave back {rest}.")
         if rest == visits[:count] != visits:
             raise Wrong(f"{where}, you gave back {rest}, the noisiest. In that much noise nothing is left of the picture. Which steps follow when only a little noise is there?")
         if rest != visits[-count:]:
@@ -188,14 +188,15 @@ def check_begin(
             raise Wrong("The latents are not the picture with the noise of any step of this walk. `schedule.add_noise(picture, noise, step)` makes them.")
         if levels != rest[:1]:
             raise Wrong(f"The steps are right, {rest}. But the latents have the noise of step {levels[0]}, and the sampler begins by telling the network that they have that of step {rest[0]}.")
-    try:
-        rest, x = _begun(begin, picture, noise, schedule, visits, 0.0)
-    except IndexError:
-        raise Wrong("At strength 0 no step is left, and you ask for the first of an empty list. What are the latents then?") from None
-    if rest:
-        raise Wrong(f"At strength 0 no step is to be made; you gave back {rest}. (`visits[-0:]` is the whole list, because −0 is 0.)")
-    if not torch.equal(x, picture):
-        raise Wrong("At strength 0 there is no step to take noise away. Then no noise may be added either.")
+    for strength in (0.0, 0.05):
+        try:
+            rest, x = _begun(begin, picture, noise, schedule, visits, strength)
+        except IndexError:
+            raise Wrong(f"At strength {strength} none of five steps is left, and you ask for the first of an empty list. What are the latents then?") from None
+        if rest:
+            raise Wrong(f"At strength {strength} none of five steps is to be made; you gave back {rest}. (`visits[-0:]` is the whole list, because −0 is 0.)")
+        if not torch.equal(x, picture):
+            raise Wrong(f"At strength {strength} there is no step to take noise away. Then no noise may be added either.")
 
 # %% ../../nbs/17_stable_diffusion.ipynb #1517c8cd
 @checker("A mixture of two models is a model. Whether it is a good one, only its pictures tell.")
